@@ -1,0 +1,1 @@
+"""kvtalk: one LLM hands what it has read to another as a KV cache, under a byte budget."""

@@ -1,0 +1,283 @@
+"""A model's KV cache as plain tensors with explicit positions.
+
+Nothing here knows how a cache is selected, packed or placed; it is the common currency of those stages. All tensors
+are ``[batch, kv_heads, tokens, head_dim]`` and positions are ``[batch, tokens]``, −1 where a row has padding, so that
+left padding, right padding and layers of different lengths are one and the same case.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import Cache
+
+from kvtalk.errors import CacheError
+from kvtalk.rope import AngleTable, rotate
+from kvtalk.spec import ModelSpec
+
+PADDING = -1
+
+
+@dataclass(frozen=True, eq=False)
+class LayerCache:
+    """Keys and values of one layer.
+
+    Attributes:
+        keys: ``[batch, kv_heads, tokens, head_dim]``.
+        values: the same shape.
+        positions: ``[batch, tokens]`` int64, the index of each token in its own sequence; −1 for padding.
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+
+    @property
+    def tokens(self) -> int:
+        """Columns held, padding included."""
+        return self.positions.shape[1]
+
+    def take(self, indices: Tensor) -> LayerCache:
+        """The given columns, in the given order (``indices``: ``[kept]``)."""
+        indices = indices.to(self.keys.device)
+        return LayerCache(
+            self.keys.index_select(2, indices),
+            self.values.index_select(2, indices),
+            self.positions.index_select(1, indices.to(self.positions.device)),
+        )
+
+    def span(self, start: int, stop: int) -> LayerCache:
+        """Columns ``start`` to ``stop`` without copying."""
+        return LayerCache(
+            self.keys[:, :, start:stop], self.values[:, :, start:stop], self.positions[:, start:stop]
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class KVCache:
+    """The cache of a whole model for a batch of sequences.
+
+    Attributes:
+        layers: one entry per layer of the model, from the input side; a layer may hold no tokens.
+        length: tokens read so far in each sequence, so the next token's position, ``[batch]``.
+        rotated: whether the keys carry their rotary embedding.
+    """
+
+    layers: tuple[LayerCache, ...]
+    length: tuple[int, ...]
+    rotated: bool = True
+
+    @property
+    def batch(self) -> int:
+        """Sequences held."""
+        return len(self.length)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all keys and values as they lie in memory."""
+        return sum(
+            layer.keys.numel() * layer.keys.element_size() + layer.values.numel() * layer.values.element_size()
+            for layer in self.layers
+        )
+
+    @classmethod
+    def from_transformers(cls, cache: Cache, positions: Tensor) -> KVCache:
+        """Adopt a `transformers` cache without copying it.
+
+        Args:
+            cache: filled by a forward pass; sliding layers may hold only the end of the sequence.
+            positions: ``[batch, tokens]`` of every token that was fed, −1 for padding.
+
+        Raises:
+            CacheError: a layer holds nothing, or more tokens than were fed.
+        """
+        positions = positions.detach().to("cpu", torch.long)
+        layers = []
+        for index, layer in enumerate(cache.layers):
+            if not isinstance(getattr(layer, "keys", None), Tensor):
+                raise CacheError(f"layer {index} of the cache is empty: run a forward pass with it first")
+            tokens = layer.keys.shape[2]
+            if tokens > positions.shape[1]:
+                raise CacheError(
+                    f"layer {index} holds {tokens} tokens but only {positions.shape[1]} positions were given"
+                )
+            layers.append(LayerCache(layer.keys, layer.values, positions[:, positions.shape[1] - tokens :]))
+        return cls(tuple(layers), tuple((positions.max(dim=1).values + 1).tolist()))
+
+    def to_transformers(self, spec: ModelSpec) -> DynamicCache:
+        """A `transformers` cache over the same tensors, for models' native forward pass.
+
+        Only a whole cache can be given away: no padding, no missing tokens (sliding layers may be cut to their
+        window), keys rotated. Anything else needs :func:`kvtalk.placement.place`.
+
+        Raises:
+            CacheError: the cache is not whole.
+        """
+        if not self.rotated:
+            raise CacheError("keys are not rotated: call rotated_as(spec) first")
+        if len(set(self.length)) != 1:
+            raise CacheError("sequences of different lengths need padding: place the cache instead")
+        length = self.length[0]
+        native = DynamicCache(config=spec.config)
+        for index, (layer, shape, target) in enumerate(zip(self.layers, spec.layers, native.layers, strict=True)):
+            wanted = length if shape.window is None else min(length, shape.window - 1)
+            expected = torch.arange(length - wanted, length)
+            kept = layer.span(max(0, layer.tokens - wanted), layer.tokens)
+            if kept.tokens != wanted or not bool((kept.positions == expected).all()):
+                raise CacheError(f"layer {index} lacks tokens or is padded: place the cache instead")
+            target.lazy_initialization(kept.keys, kept.values)
+            target.keys, target.values = kept.keys, kept.values
+            if hasattr(target, "cumulative_length"):
+                target.cumulative_length = length
+        return native
+
+    def row(self, index: int) -> KVCache:
+        """One sequence without its padding, as views."""
+        layers = []
+        for layer in self.layers:
+            real = (layer.positions[index] != PADDING).nonzero()[:, 0]
+            one = LayerCache(
+                layer.keys[index : index + 1],
+                layer.values[index : index + 1],
+                layer.positions[index : index + 1],
+            )
+            if len(real) == 0:
+                layers.append(one.span(0, 0))
+            elif int(real[-1] - real[0]) + 1 == len(real):
+                layers.append(one.span(int(real[0]), int(real[-1]) + 1))
+            else:
+                layers.append(one.take(real))
+        return KVCache(tuple(layers), (self.length[index],), self.rotated)
+
+    def rows(self) -> Iterator[KVCache]:
+        """Each sequence without its padding."""
+        return (self.row(index) for index in range(self.batch))
+
+    @staticmethod
+    def stack(caches: Sequence[KVCache]) -> KVCache:
+        """Sequences side by side, each layer left-padded to its longest.
+
+        Raises:
+            CacheError: nothing given, or caches of different kinds.
+        """
+        if not caches:
+            raise CacheError("nothing to stack: give at least one cache")
+        if len({(len(cache.layers), cache.rotated) for cache in caches}) != 1:
+            raise CacheError("caches to stack must have the same layers and all be rotated or all not")
+        layers = []
+        for parts in zip(*(cache.layers for cache in caches), strict=True):
+            longest = max(part.tokens for part in parts)
+            pads = [longest - part.tokens for part in parts]
+            layers.append(
+                LayerCache(
+                    torch.cat([_pad_left(part.keys, pad, 2, 0) for part, pad in zip(parts, pads, strict=True)]),
+                    torch.cat([_pad_left(part.values, pad, 2, 0) for part, pad in zip(parts, pads, strict=True)]),
+                    torch.cat(
+                        [_pad_left(part.positions, pad, 1, PADDING) for part, pad in zip(parts, pads, strict=True)]
+                    ),
+                )
+            )
+        return KVCache(tuple(layers), sum((cache.length for cache in caches), ()), caches[0].rotated)
+
+    def since(self, position: int) -> KVCache:
+        """What was read from ``position`` on, as views; for one sequence.
+
+        Raises:
+            CacheError: more than one sequence.
+        """
+        self._need_one_row("since")
+        layers = []
+        for layer in self.layers:
+            before = int((layer.positions[0] < position).sum())
+            layers.append(layer.span(before, layer.tokens))
+        return replace(self, layers=tuple(layers))
+
+    def attendable(self, spec: ModelSpec) -> KVCache:
+        """Without the keys and values that no later token can attend: those outside a layer's sliding window."""
+        self._need_one_row("attendable")
+        layers = []
+        for layer, shape in zip(self.layers, spec.layers, strict=True):
+            first_seen = 0 if shape.window is None else self.length[0] - shape.window + 1
+            unseen = int((layer.positions[0] < first_seen).sum())
+            layers.append(layer.span(unseen, layer.tokens))
+        return replace(self, layers=tuple(layers))
+
+    def take(self, indices: Sequence[Tensor | None]) -> KVCache:
+        """Chosen columns of each layer.
+
+        Args:
+            indices: per layer, ascending column indices ``[kept]``, or None to keep all.
+        """
+        return replace(
+            self,
+            layers=tuple(
+                layer if kept is None else layer.take(kept)
+                for layer, kept in zip(self.layers, indices, strict=True)
+            ),
+        )
+
+    def keep_layers(self, layers: Sequence[int]) -> KVCache:
+        """The given layers; the others hold no tokens."""
+        wanted = set(layers)
+        return replace(
+            self,
+            layers=tuple(
+                layer if index in wanted else layer.span(0, 0) for index, layer in enumerate(self.layers)
+            ),
+        )
+
+    def unrotated(self, spec: ModelSpec) -> KVCache:
+        """With the keys' rotary embedding taken off (computed in float32)."""
+        return self._rotation(spec, rotated=False)
+
+    def rotated_as(self, spec: ModelSpec) -> KVCache:
+        """With the keys' rotary embedding put on at their positions (computed in float32)."""
+        return self._rotation(spec, rotated=True)
+
+    def moved(self, offset: int, spec: ModelSpec) -> KVCache:
+        """Every token ``offset`` positions later; rotated keys are turned accordingly in float32.
+
+        Raises:
+            CacheError: a token would land before position 0.
+        """
+        layers = []
+        for layer, shape in zip(self.layers, spec.layers, strict=True):
+            real = layer.positions != PADDING
+            positions = torch.where(real, layer.positions + offset, PADDING)
+            if bool((positions[real] < 0).any()):
+                raise CacheError(f"moving by {offset} would put a token before position 0")
+            keys = layer.keys
+            if self.rotated and offset and shape.rope is not None:
+                turn = torch.tensor([offset], device=keys.device)
+                keys = rotate(keys, shape.rope.angles(turn))
+            layers.append(LayerCache(keys, layer.values, positions))
+        return KVCache(tuple(layers), tuple(n + offset for n in self.length), self.rotated)
+
+    def _rotation(self, spec: ModelSpec, rotated: bool) -> KVCache:
+        if rotated == self.rotated:
+            return self
+        table = AngleTable(self.layers[0].keys.device)
+        layers = []
+        for layer, shape in zip(self.layers, spec.layers, strict=True):
+            keys = layer.keys
+            if shape.rope is not None:
+                angles = table.angles(shape.rope, layer.positions.clamp(min=0))
+                keys = rotate(keys, angles if rotated else angles.inverse())
+            layers.append(replace(layer, keys=keys))
+        return replace(self, layers=tuple(layers), rotated=rotated)
+
+    def _need_one_row(self, what: str) -> None:
+        if self.batch != 1:
+            raise CacheError(f"{what}() works on one sequence: iterate over rows()")
+
+
+def _pad_left(tensor: Tensor, count: int, dim: int, value: int) -> Tensor:
+    if count == 0:
+        return tensor
+    shape = list(tensor.shape)
+    shape[dim] = count
+    return torch.cat([tensor.new_full(shape, value), tensor], dim=dim)

@@ -1,0 +1,91 @@
+"""What every codec does, and how values share their scales."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+_CHUNK_VALUES = 1 << 18
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Values of one head that share a scale: a block of so many tokens by so many channels.
+
+    Attributes:
+        tokens: tokens of a block; 0 for all of the packet's.
+        channels: channels of a block; 0 for the whole head.
+    """
+
+    tokens: int
+    channels: int
+
+    def across(self, tokens: int, head_dim: int) -> tuple[int, int]:
+        """Blocks along tokens and along channels; the last block of tokens may be smaller."""
+        size = self.tokens or max(tokens, 1)
+        return -(-tokens // size), head_dim // (self.channels or head_dim)
+
+    def __str__(self) -> str:
+        return f"{self.tokens or '*'}x{self.channels or '*'}"
+
+
+class Codec(ABC):
+    """Packs one layer's keys or values, ``[kv_heads, tokens, head_dim]``, into codes and scales.
+
+    Codes are ``kv_heads × tokens`` rows of equal length, so that any range of tokens can be read by itself.
+    """
+
+    family: ClassVar[str]
+    bits: ClassVar[int]
+
+    def __init__(self, blocks: Blocks | None = None) -> None:
+        self.blocks = blocks or Blocks(1, 0)
+
+    def __str__(self) -> str:
+        return f"{self.family}:{self.blocks}" if self.scale_bytes else self.family
+
+    @property
+    @abstractmethod
+    def scale_bytes(self) -> int:
+        """Bytes of one block's scales; 0 without scales."""
+
+    def code_size(self, kv_heads: int, tokens: int, head_dim: int) -> int:
+        """Bytes of the codes."""
+        return kv_heads * tokens * head_dim * self.bits // 8
+
+    def scales_size(self, kv_heads: int, tokens: int, head_dim: int) -> int:
+        """Bytes of the scales."""
+        along_tokens, along_channels = self.blocks.across(tokens, head_dim)
+        return kv_heads * along_tokens * along_channels * self.scale_bytes
+
+    @abstractmethod
+    def encode(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Pack.
+
+        Args:
+            values: ``[kv_heads, tokens, head_dim]``, any floating type.
+
+        Returns:
+            codes ``[kv_heads, tokens, head_dim · bits / 8]`` and scales (one-dimensional), both uint8.
+
+        Raises:
+            CodecError: NaN, infinity, or values beyond what the codec can represent.
+        """
+
+    @abstractmethod
+    def decode(self, codes: Tensor, scales: Tensor, out: Tensor) -> None:
+        """Unpack into ``out``.
+
+        Args:
+            codes: as made by :meth:`encode`.
+            scales: as made by :meth:`encode`.
+            out: ``[kv_heads, tokens, head_dim]``, any floating type, any strides.
+        """
+
+    @staticmethod
+    def tokens_at_once(kv_heads: int, head_dim: int, multiple_of: int) -> int:
+        """Tokens to work on at a time: whole blocks, few enough to stay in the processor's cache."""
+        return max(1, _CHUNK_VALUES // (kv_heads * head_dim * multiple_of)) * multiple_of

@@ -1,0 +1,45 @@
+"""16-bit floats as they are."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from kvtalk.codecs.base import Codec
+from kvtalk.errors import CodecError
+
+
+class Plain(Codec):
+    """Values rounded to a 16-bit float type; bf16 is exact for a model that computes in bf16."""
+
+    bits = 16
+    dtype: ClassVar[torch.dtype]
+
+    @property
+    def scale_bytes(self) -> int:
+        return 0
+
+    def encode(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        cast = values.to(self.dtype).contiguous()
+        if not bool(torch.isfinite(cast).all()):
+            raise CodecError(f"NaN, infinity or a value beyond {self.family}: use bf16 for large values")
+        return cast.view(torch.uint8), torch.empty(0, dtype=torch.uint8)
+
+    def decode(self, codes: Tensor, scales: Tensor, out: Tensor) -> None:
+        out.copy_(codes.view(self.dtype))
+
+
+class BF16(Plain):
+    """bfloat16."""
+
+    family = "bf16"
+    dtype = torch.bfloat16
+
+
+class FP16(Plain):
+    """IEEE half precision: three more bits of mantissa than bf16, up to 65,504."""
+
+    family = "fp16"
+    dtype = torch.float16

@@ -1,0 +1,105 @@
+"""Read model and tokenizer from a folder, a hub id or a GGUF file, and refuse what was loaded wrong."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from kvtalk.errors import ModelError
+
+CHECK_TEXT = (
+    "We hold these truths to be self-evident, that all men are created equal, that they are endowed by their "
+    "Creator with certain unalienable Rights, that among these are Life, Liberty and the pursuit of Happiness."
+)
+CHECK_NATS = 4.0
+
+
+def default_dtype(device: str) -> torch.dtype:
+    """bf16 where it is computed natively, float32 elsewhere."""
+    if device.startswith("cuda"):
+        return torch.bfloat16
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+def from_gguf(file: Path, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a GGUF file with plain weights, and check on a fixed sentence that it was loaded right.
+
+    Some versions of `transformers` load some GGUF architectures without an error but wrong.
+
+    Raises:
+        ModelError: no such file, unreadable, or a model that cannot read a well-known sentence.
+    """
+    if not file.is_file():
+        raise ModelError(f"no such file: {file}")
+    place = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            **place, dtype=dtype, quantization_config=GgufConfig(dequantize=True)
+        )
+        tokenizer = AutoTokenizer.from_pretrained(**place)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise ModelError(f"{file}: not a GGUF model that transformers can load ({_first_line(error)})") from error
+    nats = sentence_nats(model, tokenizer)
+    if not nats < CHECK_NATS:
+        raise ModelError(
+            f"{file}: loaded wrong: {nats:.1f} nats a token on a well-known sentence, expected under "
+            f"{CHECK_NATS:g}; try another version of transformers"
+        )
+    return model, tokenizer
+
+
+@torch.no_grad()
+def sentence_nats(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> float:
+    """Mean negative log-likelihood of :data:`CHECK_TEXT`, in nats a token; infinite if it is NaN."""
+    text_ids = list(tokenizer(CHECK_TEXT, add_special_tokens=False).input_ids)
+    ids = torch.tensor([bos(tokenizer) + text_ids], device=model.device)
+    nats = float(model(input_ids=ids, labels=ids).loss)
+    return math.inf if math.isnan(nats) else nats
+
+
+def from_folder(
+    name: str | Path, dtype: torch.dtype, revision: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load from a folder or, if there is none of that name, by hub id.
+
+    Raises:
+        ModelError: neither exists, or model or tokenizer is missing in it.
+    """
+    looks_local = Path(name).is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") != 1
+    if looks_local and not Path(name).is_dir():
+        raise ModelError(
+            f"no model {str(name)!r}: give a folder, a .gguf file, a hub id, or a name from `kvtalk models list`"
+        )
+    options: dict[str, Any] = {} if revision is None else {"revision": revision}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{name}: no tokenizer could be loaded ({_first_line(error)})") from error
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, attn_implementation="sdpa", **options
+        )
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise ModelError(f"{name}: the model could not be loaded ({_first_line(error)})") from error
+    return model, tokenizer
+
+
+def bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The BOS that the tokenizer itself puts before a text, if it does."""
+    first = list(tokenizer("a").input_ids)[:1]
+    return first if first and first[0] == tokenizer.bos_token_id else []
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:200]

@@ -1,0 +1,296 @@
+"""Load a language model by hub id, folder, GGUF file or bundled name; prefill, and generate from a cache."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    DynamicCache,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+from transformers.generation.streamers import BaseStreamer
+
+from kvtalk import bundled
+from kvtalk.cache import PADDING, KVCache
+from kvtalk.errors import InputError, ModelError
+from kvtalk.loading import bos, default_dtype, from_folder, from_gguf
+from kvtalk.placement import PlacedCache, Prefix, attending, place
+from kvtalk.prompts import PromptFormat, default_format
+from kvtalk.spec import ModelSpec, read_spec
+
+TESTED_ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "phi3", "gemma3_text")
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What a model wrote for one prompt.
+
+    Attributes:
+        text: without special tokens and without the stop string.
+        ids: the new tokens, the one that ended it included.
+        first_token_seconds: from the start of the forward pass over the prompt to the first new token.
+        rest_seconds: from there to the end of the batch.
+    """
+
+    text: str
+    ids: tuple[int, ...]
+    first_token_seconds: float
+    rest_seconds: float
+
+
+class LM:
+    """A causal language model with its tokenizer and the description of its cache.
+
+    Attributes:
+        name: as it was asked for.
+        model: the `transformers` model, in evaluation mode.
+        tokenizer: its tokenizer.
+        spec: geometry and fingerprint of its cache.
+        prompt: how it is asked.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        name: str = "model",
+        prompt: PromptFormat | None = None,
+    ) -> None:
+        self.model = model.eval()
+        self.tokenizer = tokenizer
+        self.name = name
+        self.spec: ModelSpec = read_spec(model, tokenizer)
+        self.prompt = prompt or default_format(tokenizer)
+        self._heads: dict[tuple[int, ...], KVCache] = {}
+        if self.spec.fingerprint.arch not in TESTED_ARCHITECTURES:
+            self._check_placement()
+
+    @classmethod
+    def load(
+        cls,
+        name: str,
+        *,
+        dtype: torch.dtype | None = None,
+        device: str | None = None,
+        revision: str | None = None,
+        prompt: PromptFormat | None = None,
+    ) -> LM:
+        """Load a model.
+
+        Args:
+            name: a bundled name (``kvtalk models list``), a folder, a ``.gguf`` file, or a hub id.
+            dtype: by default bf16 on a GPU and on CPUs that multiply bf16 natively, float32 elsewhere.
+            device: by default the first GPU if there is one.
+            revision: of a hub id.
+            prompt: how to ask it; by default the bundled model's own, else its chat template, else plain text.
+
+        Raises:
+            ModelError: not found, incomplete, loaded wrong, or an unsupported kind of cache.
+        """
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = dtype or default_dtype(device)
+        if name in bundled.MODELS:
+            folder = bundled.ensure(name)
+            model, tokenizer = from_folder(folder, dtype)
+            prompt = prompt or bundled.MODELS[name].prompt
+        elif name.endswith(".gguf"):
+            model, tokenizer = from_gguf(Path(name), dtype)
+        else:
+            model, tokenizer = from_folder(name, dtype, revision)
+        return cls(model.to(device), tokenizer, name, prompt)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return torch.device(self.model.device)
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a text, no special ones added."""
+        return list(self.tokenizer(text, add_special_tokens=False).input_ids)
+
+    def head_ids(self) -> list[int]:
+        """What this model reads before any context: its BOS where its tokenizer adds one, and its prompt's head."""
+        return bos(self.tokenizer) + self.encode(self.prompt.head)
+
+    def head(self, ids: Sequence[int] | None = None) -> KVCache | None:
+        """This model's own cache of its head (computed once), or None if the head is empty."""
+        key = tuple(self.head_ids() if ids is None else ids)
+        if not key:
+            return None
+        if key not in self._heads:
+            self._heads[key] = self.prefill([key])
+        return self._heads[key]
+
+    @torch.no_grad()
+    def prefill(self, batch: Sequence[Sequence[int]]) -> KVCache:
+        """Read sequences of tokens from position 0.
+
+        Returns:
+            their cache, left-padded; sliding layers hold what a next token can still attend.
+
+        Raises:
+            InputError: an empty sequence, or one longer than the model reads.
+        """
+        ids, positions = self._padded(batch)
+        cache = DynamicCache(config=self.spec.config)
+        self.model(
+            input_ids=ids,
+            attention_mask=(positions != PADDING).long(),
+            position_ids=positions.clamp(min=0),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return KVCache.from_transformers(cache, positions)
+
+    def place(
+        self, contexts: Sequence[Sequence[Prefix]], *, room: int = 256, gaps: bool = True, head: bool = True
+    ) -> PlacedCache:
+        """Put received caches before this model's prompt, after its own head; see :func:`kvtalk.placement.place`."""
+        own = self.head() if head else None
+        return place(self.spec, own, contexts, room=room, gaps=gaps, device=self.device)
+
+    @torch.no_grad()
+    def logits(self, prompts: Sequence[Sequence[int]], placed: PlacedCache) -> Tensor:
+        """Logits after each token of the prompts, ``[batch, tokens, vocabulary]``; left-padded, appended to ``placed``."""
+        inputs = self._continuation(prompts, placed)
+        with attending(self.model):
+            output = self.model(**inputs, past_key_values=placed, use_cache=True)
+        return torch.as_tensor(output.logits)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        placed: PlacedCache | None = None,
+        *,
+        max_new_tokens: int = 64,
+        streamer: BaseStreamer | None = None,
+        **options: Any,
+    ) -> list[Generation]:
+        """Continue each prompt after its placed cache, with `transformers`' own ``generate``.
+
+        Args:
+            prompts: tokens of each row's prompt; they follow the placed cache.
+            placed: the cache of all rows, used up by the call; None to start from nothing.
+            max_new_tokens: at most this many per row.
+            streamer: receives the tokens of a single row as they come.
+            options: anything ``generate`` takes, such as ``do_sample``, ``temperature`` or ``num_beams``.
+
+        Raises:
+            InputError: an empty prompt, or no room left in the model's window.
+        """
+        placed = placed or self.place([[]] * len(prompts), head=False, room=max_new_tokens)
+        longest = max(len(prompt) for prompt in prompts) + int(placed.next_positions.max())
+        self._check_length(longest, "context and question together have")
+        inputs = self._continuation(prompts, placed)
+        watch = _Watch(self.tokenizer, inputs["input_ids"].shape[1], self.prompt.stop)
+        options.setdefault("do_sample", False)
+        pad = self.tokenizer.pad_token_id
+        with attending(self.model):
+            watch.start()
+            sequences = self.model.generate(
+                **inputs,
+                past_key_values=placed,
+                max_new_tokens=max_new_tokens,
+                stopping_criteria=StoppingCriteriaList([watch]),
+                streamer=streamer,
+                pad_token_id=self._end_ids()[0] if pad is None else pad,
+                **options,
+            )
+        end = time.perf_counter()
+        return [self._generation(ids, watch, end) for ids in sequences[:, inputs["input_ids"].shape[1] :].tolist()]
+
+    def _check_placement(self) -> None:
+        """Refuse an untested architecture whose attention does not read a placed cache as it reads its own."""
+        ids = [min(token, self.spec.config.vocab_size - 1) for token in (11, 12, 13, 14)]
+        with torch.no_grad():
+            native = self.model(torch.tensor([ids], device=self.device)).logits[0, -1].float()
+        placed = self.place([[Prefix.of(self.prefill([ids[:3]]))]], head=False)
+        difference = (self.logits([ids[3:]], placed)[0, -1].float() - native).norm()
+        if not difference <= 0.02 * native.norm():
+            raise ModelError(
+                f"{self.spec.fingerprint.arch}: its attention does not accept a placed cache; "
+                f"tested architectures: {', '.join(TESTED_ARCHITECTURES)}"
+            )
+
+    def _generation(self, ids: list[int], watch: _Watch, end: float) -> Generation:
+        stops = set(self._end_ids())
+        kept = next((i + 1 for i, token in enumerate(ids) if token in stops), len(ids))
+        text = self.tokenizer.decode(ids[:kept], skip_special_tokens=True)
+        for stop in self.prompt.stop:
+            text = text.split(stop)[0]
+        first = watch.first_token or end
+        return Generation(text.strip(), tuple(ids[:kept]), first - watch.started, end - first)
+
+    def _continuation(self, prompts: Sequence[Sequence[int]], placed: PlacedCache) -> dict[str, Tensor]:
+        ids, offsets = self._padded(prompts)
+        real = offsets != PADDING
+        positions = torch.where(real, offsets + placed.next_positions[:, None], 0)
+        before = real.new_ones((len(prompts), placed.columns))
+        return {
+            "input_ids": ids,
+            "position_ids": positions,
+            "attention_mask": torch.cat([before, real], dim=1).long(),
+        }
+
+    def _padded(self, batch: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        """Left-padded ids and positions (−1 for padding), both ``[batch, tokens]`` on the model's device."""
+        longest = max((len(ids) for ids in batch), default=0)
+        if min((len(ids) for ids in batch), default=0) == 0:
+            raise InputError("nothing to read: the text is empty")
+        self._check_length(longest, "the text has")
+        pad = self.tokenizer.pad_token_id or 0
+        ids = torch.tensor([[pad] * (longest - len(row)) + list(row) for row in batch])
+        positions = torch.tensor(
+            [[PADDING] * (longest - len(row)) + list(range(len(row))) for row in batch], dtype=torch.long
+        )
+        return ids.to(self.device), positions.to(self.device)
+
+    def _check_length(self, tokens: int, what: str) -> None:
+        if tokens > self.spec.max_positions:
+            raise InputError(
+                f"{what} {tokens} tokens, {self.name} reads at most {self.spec.max_positions}: shorten the context"
+            )
+
+    def _end_ids(self) -> list[int]:
+        end = self.model.generation_config.eos_token_id
+        if end is None:
+            end = self.tokenizer.eos_token_id
+        if end is None:
+            return [0]
+        return list(end) if isinstance(end, (list, tuple)) else [int(end)]
+
+
+class _Watch(StoppingCriteria):  # type: ignore[misc]
+    """Notes when the first token is there, and stops rows whose text holds a stop string.
+
+    `transformers`' own stop strings prepare a table over the whole vocabulary first, seconds for 262k tokens.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_tokens: int, stop: Sequence[str]) -> None:
+        self.tokenizer, self.prompt_tokens, self.stop = tokenizer, prompt_tokens, stop
+        self.started = 0.0
+        self.first_token: float | None = None
+
+    def start(self) -> None:
+        self.started = time.perf_counter()
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        new = input_ids[:, self.prompt_tokens :].tolist()
+        if self.first_token is None:
+            self.first_token = time.perf_counter()
+        done = [
+            any(stop in self.tokenizer.decode(row).lstrip() for stop in self.stop) if self.stop else False
+            for row in new
+        ]
+        return torch.tensor(done, device=input_ids.device)

@@ -1,0 +1,511 @@
+"""The wire format: one verified, self-describing packet; a stream is a sequence of packets.
+
+A packet is a safetensors blob whose metadata holds a canonical JSON manifest. ``docs/packet.md`` is its specification.
+Nothing in it is executed; nothing is allocated before its declared sizes agree with the bytes that are there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from io import BytesIO
+from itertools import groupby
+from typing import Annotated, Any, BinaryIO, Literal
+
+import numpy as np
+import torch
+import xxhash
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
+
+from kvtalk.cache import KVCache, LayerCache
+from kvtalk.codecs import codec
+from kvtalk.errors import CacheError, CodecError, PacketError
+from kvtalk.layout import SECTIONS, LayerLayout, Layout
+from kvtalk.placement import Prefix
+from kvtalk.planning import Plan
+from kvtalk.rope import AngleTable, rotate
+from kvtalk.spec import Fingerprint, ModelSpec
+
+VERSION = 1
+MAX_HEADER_BYTES = 1 << 20
+_NO_SUM = "0" * 16
+
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
+Count = Annotated[int, Field(ge=0, le=2**24)]
+Small = Annotated[int, Field(ge=0, le=4096)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class ModelId(_Strict):
+    """The sharer's fingerprint."""
+
+    arch: Annotated[str, Field(max_length=64)]
+    geometry: Digest
+    rope: Digest
+    tokenizer: Digest
+    weights: Digest
+
+
+class Manifest(_Strict):
+    """What a packet says about itself.
+
+    Attributes:
+        v: version of the format.
+        payload: ``cache``: keys and values.
+        model: who made it.
+        start: position of the context's first token at the sharer.
+        end: the position after its last token.
+        longest: the most tokens that any layer of the whole cache keeps.
+        rotated: whether keys carry their rotary embedding.
+        codecs: names that the rows refer to.
+        masks: ``shared`` if layers of equal first, span and kept have one mask.
+        part: this packet's number from 1, and how many there are.
+        covers: first model layer of this packet, the one after its last, and the model's number of layers.
+        layers: runs of equal layers: how many, kv_heads, head_dim, first, span, kept, key codec, value codec.
+        sums: xxh3 of each section.
+    """
+
+    v: Literal[1]
+    payload: Literal["cache"]
+    model: ModelId
+    start: Count
+    end: Count
+    longest: Count
+    rotated: bool
+    codecs: Annotated[list[Annotated[str, Field(max_length=32)]], Field(max_length=64)]
+    masks: Literal["shared", "layer"]
+    part: Annotated[list[Small], Field(min_length=2, max_length=2)]
+    covers: Annotated[list[Small], Field(min_length=3, max_length=3)]
+    layers: Annotated[
+        list[Annotated[list[Count], Field(min_length=8, max_length=8)]], Field(min_length=1, max_length=4096)
+    ]
+    sums: dict[Literal["keys", "key_scales", "values", "value_scales", "positions"], Digest]
+
+    def layout(self) -> Layout:
+        """Where the packet's bytes lie.
+
+        Raises:
+            PacketError: rows that contradict each other, or an unknown codec.
+        """
+        layers = []
+        for row in self.layers:
+            count, kv_heads, head_dim, first, span, kept, keys, values = row
+            if count > 4096 or kv_heads > 4096 or not 0 < head_dim <= 4096 or kept > span:
+                raise PacketError("layers", f"impossible row {row}")
+            if kept and not (self.start <= first and first + span <= self.end and kept <= self.longest):
+                raise PacketError("layers", f"row {row} lies outside the context {self.start}..{self.end}")
+            layers += [
+                LayerLayout(kv_heads, head_dim, first, span, kept, self._codec(keys), self._codec(values))
+            ] * count
+        begin, stop, total = self.covers
+        if not (begin < stop <= total and len(layers) == stop - begin):
+            raise PacketError("covers", f"{self.covers} does not fit {len(layers)} layers")
+        if not 1 <= self.part[0] <= self.part[1]:
+            raise PacketError("part", f"{self.part[0]} of {self.part[1]}")
+        layout = Layout(begin, tuple(layers), self.masks == "shared")
+        if set(self.sums) != set(layout.section_sizes()):
+            raise PacketError("sums", "checksums do not name the sections that are there")
+        return layout
+
+    def _codec(self, index: int) -> str:
+        if index >= len(self.codecs):
+            raise PacketError("codecs", f"row refers to codec {index} of {len(self.codecs)}")
+        try:
+            return str(codec(self.codecs[index]))
+        except CodecError as error:
+            raise PacketError("codecs", f"{error}; a newer kvtalk may know it") from error
+
+
+def predict(cache: KVCache, plan: Plan, spec: ModelSpec, start: int = 0, parts: int = 1) -> int:
+    """Bytes of the packet (or of all parts together), exactly, before anything is encoded."""
+    whole = plan.layout(cache, spec)
+    total = 0
+    for number, (begin, stop) in enumerate(_groups(len(spec.layers), parts), 1):
+        layout = whole.covering(begin, stop)
+        manifest = _manifest(cache, plan, spec, start, layout, whole.longest, (number, parts), {})
+        total += len(_header(manifest, layout)) + sum(layout.section_sizes().values())
+    return total
+
+
+def encode(cache: KVCache, plan: Plan, spec: ModelSpec, start: int = 0) -> memoryview:
+    """One packet in memory.
+
+    Args:
+        cache: one sequence, rotated, from position ``start`` on, cut to what can be attended.
+        plan: what to send and how.
+        spec: the sharer's.
+        start: position of the context's first token.
+
+    Raises:
+        CacheError: NaN, infinity, or a value that the codec cannot represent.
+    """
+    target = BytesIO()
+    write(target, cache, plan, spec, start)
+    return target.getbuffer()
+
+
+def write(target: BinaryIO, cache: KVCache, plan: Plan, spec: ModelSpec, start: int = 0, parts: int = 1) -> int:
+    """Write one packet, or a stream of ``parts`` packets by layer group; needs no more memory than one layer.
+
+    Returns:
+        bytes written, what :func:`predict` said.
+    """
+    whole = plan.layout(cache, spec)
+    chosen = plan.apply(cache, spec)
+    origin = target.tell()
+    for number, (begin, stop) in enumerate(_groups(len(spec.layers), parts), 1):
+        layout = whole.covering(begin, stop)
+        header = _header(_manifest(cache, plan, spec, start, layout, whole.longest, (number, parts), {}), layout)
+        beginning = target.tell()
+        target.write(b"\0" * len(header))
+        end = beginning + len(header) + sum(layout.section_sizes().values())
+        sums = _write_sections(target, chosen, spec, layout, plan.rope == "before")
+        manifest = _manifest(cache, plan, spec, start, layout, whole.longest, (number, parts), sums)
+        target.seek(beginning)
+        target.write(_header(manifest, layout))
+        target.seek(end)
+    return target.tell() - origin
+
+
+@dataclass(frozen=True, eq=False)
+class Packet:
+    """A packet that has been read and verified.
+
+    Attributes:
+        manifest: what it says about itself.
+        layout: where its bytes lie.
+        size: its bytes.
+    """
+
+    manifest: Manifest
+    layout: Layout
+    size: int
+    _data: Tensor
+
+    @classmethod
+    def parse(cls, blob: bytes | bytearray | memoryview) -> Packet:
+        """Read one packet.
+
+        Raises:
+            PacketError: anything is wrong with it.
+        """
+        packet = cls.parse_first(blob)
+        if packet.size != len(blob):
+            raise PacketError("size", f"{len(blob) - packet.size} bytes too many after the packet's end")
+        return packet
+
+    @classmethod
+    def parse_first(cls, blob: bytes | bytearray | memoryview) -> Packet:
+        """Read the packet that a longer blob begins with; see :meth:`parse`."""
+        view = memoryview(blob)
+        header_end = _header_end(view)
+        header = bytes(view[8:header_end])
+        manifest = _read_manifest(header)
+        layout = manifest.layout()
+        if _header(manifest, layout) != bytes(view[:header_end]):
+            raise PacketError("header", "does not match the manifest")
+        end = header_end + sum(layout.section_sizes().values())
+        if len(view) < end:
+            raise PacketError("size", f"truncated: {len(view)} bytes of {end}")
+        data = view[header_end:end]
+        _verify(data, manifest, layout)
+        writable = data if not data.readonly else memoryview(bytearray(data))
+        tensor = torch.frombuffer(writable, dtype=torch.uint8) if len(data) else torch.empty(0, dtype=torch.uint8)
+        return cls(manifest, layout, end, tensor)
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """The sharer's."""
+        return Fingerprint(**self.manifest.model.model_dump())
+
+    def check_model(self, spec: ModelSpec) -> None:
+        """Refuse a packet of another model.
+
+        Raises:
+            PacketError: fingerprints differ; says in what, and what to do.
+        """
+        theirs, ours = self.fingerprint, spec.fingerprint
+        different = theirs.differences(ours)
+        if different:
+            raise PacketError(
+                "model",
+                f"made by another model ({theirs.arch}; {', '.join(different)} differ from this {ours.arch}): "
+                "load the model that made it, or an adapter between the two",
+            )
+
+    def layers(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> Iterator[LayerCache]:
+        """Decode layer by layer.
+
+        Args:
+            dtype: of keys and values.
+            device: codes move there first and are decoded there.
+
+        Raises:
+            PacketError: a mask that does not keep what the manifest says.
+        """
+        cursors = dict.fromkeys(SECTIONS, 0)
+        for layer, offset in zip(self.layout.layers, self.layout.mask_offsets(), strict=True):
+            taken = {}
+            for name, size in layer.sizes().items():
+                taken[name] = self._section(name)[cursors[name] : cursors[name] + size].to(device)
+                cursors[name] += size
+            yield LayerCache(
+                _decoded(layer, layer.keys, taken["keys"], taken["key_scales"], dtype),
+                _decoded(layer, layer.values, taken["values"], taken["value_scales"], dtype),
+                self._positions(layer, offset),
+            )
+
+    def _section(self, name: str) -> Tensor:
+        begin, end = self._section_ranges.get(name, (0, 0))
+        return self._data[begin:end]
+
+    @cached_property
+    def _section_ranges(self) -> dict[str, tuple[int, int]]:
+        return _ranges(self.layout)
+
+    def _positions(self, layer: LayerLayout, offset: int | None) -> Tensor:
+        every = torch.arange(layer.first, layer.first + layer.span)
+        if offset is None:
+            return every[None, : layer.kept]
+        mask = self._section("positions")[offset : offset + layer.mask_bytes].numpy()
+        bits = np.unpackbits(mask, bitorder="little")
+        if int(bits.sum()) != layer.kept or bits[layer.span :].any():
+            raise PacketError("positions", f"mask keeps {int(bits.sum())} tokens, the manifest says {layer.kept}")
+        return every[torch.from_numpy(bits[: layer.span]).bool()][None]
+
+
+def read_stream(blob: bytes | bytearray | memoryview) -> Iterator[Packet]:
+    """The packets of a blob that holds one or several, each read when it is asked for.
+
+    Raises:
+        PacketError: anything is wrong with the packet at hand.
+    """
+    view = memoryview(blob)
+    if not len(view):
+        raise PacketError("size", "truncated: 0 bytes")
+    while len(view):
+        packet = Packet.parse_first(view)
+        yield packet
+        view = view[packet.size :]
+
+
+def prefix(packets: Iterable[Packet], spec: ModelSpec, device: torch.device | str = "cpu") -> Prefix:
+    """One context's packets as something to place; each is taken only when its layers are needed.
+
+    Args:
+        packets: all parts of one cache, in order.
+        spec: the receiver's; must be the model that made them.
+        device: where to decode.
+
+    Raises:
+        PacketError: another model's, or parts that do not belong together; those after the first when they come.
+    """
+    stream = iter(packets)
+    first = next(stream, None)
+    if first is None:
+        raise PacketError("part", "there is no packet")
+
+    def layers() -> Iterator[LayerCache]:
+        packet: Packet | None = first
+        covered = 0
+        for number in range(1, first.manifest.part[1] + 1):
+            if packet is None:
+                raise PacketError("part", f"{number} of {first.manifest.part[1]} is missing")
+            packet.check_model(spec)
+            _check_part(packet, first, number, covered, len(spec.layers))
+            yield from packet.layers(spec.dtype, device)
+            covered = packet.manifest.covers[1]
+            packet = next(stream, None)
+        if packet is not None:
+            raise PacketError("part", f"a packet follows the last of {first.manifest.part[1]}")
+        if covered != len(spec.layers):
+            raise PacketError("covers", f"{covered} layers of {len(spec.layers)}")
+
+    first.check_model(spec)
+    about = first.manifest
+    return Prefix(layers(), about.start, about.end, about.longest, about.rotated)
+
+
+def to_cache(packets: Iterable[Packet], spec: ModelSpec) -> KVCache:
+    """Decode everything into a cache of one sequence."""
+    made = prefix(packets, spec)
+    return KVCache(tuple(made.layers), (made.length,), made.rotated)
+
+
+def _check_part(packet: Packet, first: Packet, number: int, covered: int, layers: int) -> None:
+    ours, theirs = first.manifest, packet.manifest
+    if theirs.part != [number, ours.part[1]] or theirs.covers[0] != covered or theirs.covers[2] != layers:
+        raise PacketError("part", f"expected part {number} of {ours.part[1]} from layer {covered} on")
+    same = ("start", "end", "longest", "rotated")
+    if any(getattr(ours, name) != getattr(theirs, name) for name in same):
+        raise PacketError("part", f"part {number} belongs to another cache")
+
+
+def _groups(layers: int, parts: int) -> list[tuple[int, int]]:
+    if not 1 <= parts <= layers:
+        raise CacheError(f"a cache of {layers} layers cannot be sent in {parts} parts")
+    edges = [layers * number // parts for number in range(parts + 1)]
+    return list(zip(edges, edges[1:], strict=False))
+
+
+def _manifest(
+    cache: KVCache,
+    plan: Plan,
+    spec: ModelSpec,
+    start: int,
+    layout: Layout,
+    longest: int,
+    part: tuple[int, int],
+    sums: dict[str, str],
+) -> dict[str, Any]:
+    codecs = sorted({str(codec(plan.keys)), str(codec(plan.values))})
+    rows = [
+        [
+            *(layer.kv_heads, layer.head_dim, layer.first, layer.span, layer.kept),
+            *(codecs.index(str(codec(layer.keys))), codecs.index(str(codec(layer.values)))),
+        ]
+        for layer in layout.layers
+    ]
+    return {
+        "v": VERSION,
+        "payload": "cache",
+        "model": asdict(spec.fingerprint),
+        "start": start,
+        "end": cache.length[0],
+        "longest": longest,
+        "rotated": plan.rope == "after",
+        "codecs": codecs,
+        "masks": "shared" if layout.shared_masks else "layer",
+        "part": list(part),
+        "covers": [layout.begin, layout.begin + len(layout.layers), len(spec.layers)],
+        "layers": [[len(list(same)), *row] for row, same in groupby(rows)],
+        "sums": {name: sums.get(name, _NO_SUM) for name in layout.section_sizes()},
+    }
+
+
+def _header(manifest: Manifest | dict[str, Any], layout: Layout) -> bytes:
+    """The safetensors header with its length, padded to 8 bytes."""
+    content = manifest if isinstance(manifest, dict) else manifest.model_dump()
+    text = _canonical(content)
+    header: dict[str, Any] = {"__metadata__": {"kvtalk": text, "xxh3": _sum(text.encode())}}
+    for name, (begin, end) in _ranges(layout).items():
+        header[name] = {"dtype": "U8", "shape": [end - begin], "data_offsets": [begin, end]}
+    body = json.dumps(header, separators=(",", ":")).encode()
+    body += b" " * (-len(body) % 8)
+    return len(body).to_bytes(8, "little") + body
+
+
+def _canonical(content: Any) -> str:
+    return json.dumps(content, sort_keys=True, separators=(",", ":"))
+
+
+def _sum(data: bytes | memoryview) -> str:
+    return str(xxhash.xxh3_64_hexdigest(data))
+
+
+def _ranges(layout: Layout) -> dict[str, tuple[int, int]]:
+    ranges, end = {}, 0
+    for name, size in layout.section_sizes().items():
+        ranges[name] = (end, end + size)
+        end += size
+    return ranges
+
+
+def _write_sections(
+    target: BinaryIO, cache: KVCache, spec: ModelSpec, layout: Layout, unrotate: bool
+) -> dict[str, str]:
+    """Encode layer by layer, each section's bytes to its own place; returns the sections' checksums."""
+    origin = target.tell()
+    ranges = _ranges(layout)
+    cursors = {name: origin + begin for name, (begin, _) in ranges.items()}
+    sums = {name: xxhash.xxh3_64() for name in ranges}
+
+    def put(name: str, data: Tensor) -> None:
+        if not data.numel():
+            return
+        view = memoryview(data.contiguous().cpu().reshape(-1).numpy())
+        target.seek(cursors[name])
+        target.write(view)
+        sums[name].update(view)
+        cursors[name] += len(view)
+
+    offsets = layout.mask_offsets()
+    masks_end = 0
+    table = AngleTable(cache.layers[0].keys.device)
+    for index, (layout_layer, offset) in enumerate(zip(layout.layers, offsets, strict=True), layout.begin):
+        if layout_layer.kept == 0:
+            continue
+        layer = cache.layers[index]
+        keys = layer.keys
+        shape = spec.layers[index]
+        if unrotate and shape.rope is not None:
+            keys = rotate(keys, table.angles(shape.rope, layer.positions).inverse())
+        for side, tensor, name in (("key", keys, layout_layer.keys), ("value", layer.values, layout_layer.values)):
+            try:
+                codes, scales = codec(name).encode(tensor[0])
+            except CodecError as error:
+                raise CacheError(f"{side}s of layer {index}: {error}") from error
+            put(f"{side}s", codes)
+            put(f"{side}_scales", scales)
+        if offset is not None and offset >= masks_end:
+            mask = _mask(layer.positions[0], layout_layer)
+            put("positions", mask)
+            masks_end = offset + layout_layer.mask_bytes
+    return {name: digest.hexdigest() for name, digest in sums.items()}
+
+
+def _mask(positions: Tensor, layer: LayerLayout) -> Tensor:
+    bits = np.zeros(layer.mask_bytes * 8, dtype=np.uint8)
+    bits[(positions - layer.first).numpy()] = 1
+    return torch.from_numpy(np.packbits(bits, bitorder="little"))
+
+
+def _decoded(layer: LayerLayout, name: str, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    shape = (layer.kv_heads, layer.kept, layer.head_dim)
+    out = torch.empty((1, *shape), dtype=dtype, device=codes.device)
+    if layer.kept:
+        codec(name).decode(codes.view(layer.kv_heads, layer.kept, -1), scales, out[0])
+    return out
+
+
+def _header_end(view: memoryview) -> int:
+    if len(view) < 8:
+        raise PacketError("size", f"truncated: {len(view)} bytes")
+    length = int.from_bytes(view[:8], "little")
+    if length > MAX_HEADER_BYTES:
+        raise PacketError("header", f"declares {length} bytes, at most {MAX_HEADER_BYTES} are allowed: not a packet")
+    if len(view) < 8 + length:
+        raise PacketError("size", f"truncated: the header alone takes {length} bytes")
+    return 8 + length
+
+
+def _read_manifest(header: bytes) -> Manifest:
+    try:
+        metadata = json.loads(header)["__metadata__"]
+        text, declared = metadata["kvtalk"], metadata["xxh3"]
+        content = json.loads(text)
+        version = content["v"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise PacketError("header", "not a kvtalk packet") from error
+    if version != VERSION:
+        raise PacketError("v", f"version {version!r} is unknown, this kvtalk reads version {VERSION}: upgrade kvtalk")
+    if _sum(text.encode()) != declared:
+        raise PacketError("manifest", "checksum does not match: the packet was damaged")
+    try:
+        return Manifest.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = str(first["loc"][0]) if first["loc"] else "manifest"
+        raise PacketError(field, first["msg"]) from error
+
+
+def _verify(data: memoryview, manifest: Manifest, layout: Layout) -> None:
+    for name, (begin, end) in _ranges(layout).items():
+        if _sum(data[begin:end]) != manifest.sums[name]:  # type: ignore[index]
+            raise PacketError(name, "checksum does not match: the packet was damaged")

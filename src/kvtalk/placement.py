@@ -1,0 +1,365 @@
+"""Prefix placement: a cache is put before the receiver's own prompt.
+
+A placed cache is a `transformers` cache, so the model's own forward pass and `generate` run on it. It differs from
+the native one in three ways: every key has an explicit position, layers may hold different tokens (or none), and
+room for the prompt and the answer is allocated once, so that a new token costs no copy of the old ones. Because
+layers differ, one mask for all layers will not do: while :func:`attending` is active, each attention module is given
+the mask of its own layer, built from positions. (Sliding windows and padding are then just cases of that mask.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from kvtalk.cache import PADDING, KVCache, LayerCache
+from kvtalk.errors import CacheError, ModelError
+from kvtalk.rope import AngleTable, rotate
+from kvtalk.spec import LayerSpec, ModelSpec
+
+_GROWTH = 256
+
+
+@dataclass(frozen=True, eq=False)
+class Prefix:
+    """One sequence's cache on its way to be placed, layer by layer so that it never has to exist twice.
+
+    Attributes:
+        layers: every layer of the model in order, batch 1; consumed once.
+        start: position of the first token of the context at the sharer.
+        length: the position after its last token.
+        longest: the most tokens that any layer holds.
+        rotated: whether the keys carry their rotary embedding.
+    """
+
+    layers: Iterable[LayerCache]
+    start: int
+    length: int
+    longest: int
+    rotated: bool
+
+    @classmethod
+    def of(cls, cache: KVCache, start: int = 0) -> Prefix:
+        """A cache of one sequence, from position ``start`` on."""
+        layers = cache.since(start).layers
+        longest = max(layer.tokens for layer in layers)
+        return cls(layers, start, cache.length[0], longest, cache.rotated)
+
+    def extent(self, gaps: bool) -> int:
+        """Positions it takes up at the receiver, with or without its holes."""
+        return self.length - self.start if gaps else self.longest
+
+
+class PlacedLayer(CacheLayerMixin):  # type: ignore[misc]
+    """Keys and values of one layer in a buffer with room to grow; `transformers` appends through ``update``."""
+
+    is_sliding = False
+
+    def __init__(self, keys: Tensor, values: Tensor, used: int) -> None:
+        super().__init__()
+        self._keys, self._values, self.used = keys, values, used
+        self.keys, self.values = keys[:, :, :used], values[:, :, :used]
+        self.dtype, self.device = keys.dtype, keys.device
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: a placed layer is born with its buffer."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append new tokens in place; grows the buffer when it is full."""
+        stop = self.used + key_states.shape[2]
+        if stop > self._keys.shape[2]:
+            self._keys = _grown(self._keys, self.used, stop + _GROWTH)
+            self._values = _grown(self._values, self.used, stop + _GROWTH)
+        self._keys[:, :, self.used : stop] = key_states
+        self._values[:, :, self.used : stop] = value_states
+        self.used = stop
+        self.keys, self.values = self._keys[:, :, :stop], self._values[:, :, :stop]
+        return self.keys, self.values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Length and offset of the keys; the mask itself comes from :class:`PlacedCache`."""
+        return self.used + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Columns held."""
+        return self.used
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Follow the beams; all beams of a sequence have the same positions."""
+        beam_idx = beam_idx.to(self._keys.device)
+        self._keys, self._values = self._keys[beam_idx], self._values[beam_idx]
+        self.keys, self.values = self._keys[:, :, : self.used], self._values[:, :, : self.used]
+
+
+class PlacedCache(Cache):  # type: ignore[misc]
+    """A cache with positions, ready for the model's forward pass and `generate`.
+
+    Attributes:
+        next_positions: ``[batch]``, where each row's prompt starts.
+    """
+
+    def __init__(
+        self, layers: Sequence[PlacedLayer], positions: Sequence[Tensor], next_positions: Tensor, spec: ModelSpec
+    ) -> None:
+        super().__init__(layers=list(layers))
+        self.next_positions = next_positions
+        self.spec = spec
+        tracks, self._track_of = _shared_tracks(positions)
+        self._tracks = [track.to(next_positions.device) for track in tracks]
+        self._masks: dict[tuple[int, int | None], Tensor | None] = {}
+        self._queries = next_positions[:, None]
+
+    @property
+    def columns(self) -> int:
+        """Columns of the longest layer, padding included."""
+        return max(layer.used for layer in self.layers)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns of the longest layer: what `generate` counts as already read."""
+        return self.columns
+
+    def begin(self, positions: Tensor, real: Tensor) -> None:
+        """Announce the tokens of the coming forward pass.
+
+        Args:
+            positions: ``[batch, tokens]``, where they stand.
+            real: the same shape, False for padding.
+        """
+        positions = positions.expand(real.shape)
+        self._queries = positions
+        self.next_positions = positions[:, -1] + 1
+        self._masks = {}
+        appended = torch.where(real, positions, PADDING)
+        self._tracks = [torch.cat([track, appended], dim=1) for track in self._tracks]
+
+    def mask(self, layer: int) -> Tensor | None:
+        """Which keys each announced token may attend in a layer.
+
+        Returns:
+            bool ``[batch, 1, tokens, keys]``, or None where a single token attends everything.
+        """
+        key = (self._track_of[layer], self.spec.layers[layer].window)
+        if key not in self._masks:
+            self._masks[key] = _visible(self._tracks[key[0]], self._queries, key[1])
+        return self._masks[key]
+
+    def to_cache(self) -> KVCache:
+        """Everything read so far, as views."""
+        layers = tuple(
+            LayerCache(layer.keys, layer.values, self._tracks[track].cpu())
+            for layer, track in zip(self.layers, self._track_of, strict=True)
+        )
+        return KVCache(layers, tuple(self.next_positions.tolist()))
+
+
+def place(
+    spec: ModelSpec,
+    head: KVCache | None,
+    contexts: Sequence[Sequence[Prefix]],
+    *,
+    room: int = _GROWTH,
+    gaps: bool = True,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> PlacedCache:
+    """Put received caches before the receiver's prompt.
+
+    Each row is: the receiver's own head (its BOS and whatever it says before any context), then its prefixes one
+    after the other. Positions continue from the head; keys are turned to their new positions in float32.
+
+    Args:
+        spec: the receiver's geometry.
+        head: the receiver's own cache of its head, one row; None for none.
+        contexts: per row, the prefixes that follow the head; an empty sequence for a row without context.
+        room: columns to reserve for prompt and answer.
+        gaps: True keeps each token's distance to its neighbours, holes included; False closes the holes, so that
+            kept tokens stand next to each other and end where the prompt begins.
+        dtype: of the placed cache, by default that of the model.
+        device: where to place it.
+
+    Raises:
+        CacheError: a prefix does not have the receiver's layers and shapes.
+    """
+    dtype = dtype or spec.dtype
+    if head is not None and (head.batch != 1 or not head.rotated):
+        raise CacheError("the head must be one sequence with rotated keys")
+    streams = [[iter(prefix.layers) for prefix in row] for row in contexts]
+    table = AngleTable(device)
+    layers, tracks = [], []
+    for index, shape in enumerate(spec.layers):
+        own = None if head is None else head.layers[index]
+        rows = [
+            _row_parts(index, own, head, row, prefixes, streams_of_row, gaps)
+            for row, (prefixes, streams_of_row) in enumerate(zip(contexts, streams, strict=True))
+        ]
+        layer, positions = _fill(index, shape, rows, room, dtype, table)
+        layers.append(layer)
+        tracks.append(positions)
+    start = 0 if head is None else head.length[0]
+    ends = [start + sum(prefix.extent(gaps) for prefix in row) for row in contexts]
+    return PlacedCache(layers, tracks, torch.tensor(ends, device=device), spec)
+
+
+@contextmanager
+def attending(model: PreTrainedModel) -> Iterator[None]:
+    """While active, the model's layers attend a :class:`PlacedCache` by position, each with its own mask."""
+    decoder = model.get_decoder()
+    eager = decoder.config._attn_implementation == "eager"
+    if decoder.config._attn_implementation not in ("eager", "sdpa"):
+        raise ModelError(
+            f"attention {decoder.config._attn_implementation!r} takes no mask per layer: "
+            "load the model with attn_implementation='sdpa'"
+        )
+
+    def announce(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        cache = kwargs.get("past_key_values")
+        if not isinstance(cache, PlacedCache):
+            return None
+        positions = kwargs["position_ids"]
+        mask = kwargs.get("attention_mask")  # generate drops a mask without padding
+        real = torch.ones_like(positions) if mask is None else mask[:, -positions.shape[1] :]
+        cache.begin(positions, real.bool())
+        # A mask that is already four-dimensional is handed through as it is, so the model builds none in vain.
+        return args, {**kwargs, "attention_mask": real.new_ones((1, 1, 1, 1), dtype=torch.bool)}
+
+    def swap_mask(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        cache = kwargs.get("past_key_values")
+        if not isinstance(cache, PlacedCache):
+            return None
+        mask = cache.mask(module.layer_idx)  # type: ignore[arg-type]
+        if eager and mask is not None:
+            blocked = torch.finfo(model.dtype).min
+            mask = torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill(~mask, blocked)
+        return args, {**kwargs, "attention_mask": mask}
+
+    handles = [decoder.register_forward_pre_hook(announce, with_kwargs=True)]
+    handles += [
+        module.register_forward_pre_hook(swap_mask, with_kwargs=True)
+        for layer in decoder.layers
+        for module in layer.children()
+        if hasattr(module, "layer_idx")
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A run of tokens to copy, and how far to turn its keys (``[1, tokens]`` or None)."""
+
+    source: LayerCache
+    positions: Tensor
+    turn: Tensor | None
+
+
+def _row_parts(
+    index: int,
+    own: LayerCache | None,
+    head: KVCache | None,
+    row: int,
+    prefixes: Sequence[Prefix],
+    streams: Sequence[Iterator[LayerCache]],
+    gaps: bool,
+) -> list[_Part]:
+    parts = [] if own is None else [_Part(own, own.positions, None)]
+    begin = 0 if head is None else head.length[0]
+    for prefix, stream in zip(prefixes, streams, strict=True):
+        layer = next(stream, None)
+        if layer is None:
+            raise CacheError(f"the cache for row {row} ends before layer {index}: sharer and receiver differ in depth")
+        end = begin + prefix.extent(gaps)
+        if gaps:
+            positions = layer.positions - prefix.start + begin
+        else:
+            positions = torch.arange(end - layer.tokens, end)[None]
+        turn = positions - layer.positions if prefix.rotated else positions
+        parts.append(_Part(layer, positions, turn if bool(turn.any()) else None))
+        begin = end
+    return parts
+
+
+def _fill(
+    index: int,
+    shape: LayerSpec,
+    rows: Sequence[Sequence[_Part]],
+    room: int,
+    dtype: torch.dtype,
+    table: AngleTable,
+) -> tuple[PlacedLayer, Tensor]:
+    used = max((sum(part.source.tokens for part in row) for row in rows), default=0)
+    full = (len(rows), shape.kv_heads, used + room, shape.head_dim)
+    keys = torch.empty(full, dtype=dtype, device=table.device)
+    values = torch.empty(full, dtype=dtype, device=table.device)
+    positions = torch.full((len(rows), used), PADDING, dtype=torch.long)
+    for row, parts in enumerate(rows):
+        column = 0
+        for part in parts:
+            source = part.source
+            if source.keys.shape[:2] != (1, shape.kv_heads) or source.keys.shape[3] != shape.head_dim:
+                raise CacheError(
+                    f"layer {index} has shape {list(source.keys.shape)}, the receiver needs "
+                    f"[1, {shape.kv_heads}, tokens, {shape.head_dim}]: an adapter is needed between these models"
+                )
+            stop = column + source.tokens
+            target = keys[row : row + 1, :, column:stop]
+            if part.turn is None or shape.rope is None:
+                target.copy_(source.keys)
+            else:
+                rotate(source.keys.to(table.device), table.angles(shape.rope, part.turn), out=target)
+            values[row : row + 1, :, column:stop] = source.values
+            positions[row, column:stop] = part.positions[0]
+            column = stop
+        # Padding is masked, but a masked NaN left over in memory would still spoil the weighted sum.
+        keys[row, :, column:used] = 0
+        values[row, :, column:used] = 0
+    return PlacedLayer(keys, values, used), positions
+
+
+def _grown(buffer: Tensor, used: int, columns: int) -> Tensor:
+    larger = buffer.new_empty((*buffer.shape[:2], columns, buffer.shape[3]))
+    larger[:, :, :used] = buffer[:, :, :used]
+    return larger
+
+
+def _shared_tracks(positions: Sequence[Tensor]) -> tuple[list[Tensor], list[int]]:
+    """Distinct position tables, and which of them each layer follows."""
+    seen: dict[bytes, int] = {}
+    tracks: list[Tensor] = []
+    track_of = []
+    for table in positions:
+        key = repr(tuple(table.shape)).encode() + table.numpy().tobytes()
+        if key not in seen:
+            seen[key] = len(tracks)
+            tracks.append(table)
+        track_of.append(seen[key])
+    return tracks, track_of
+
+
+def _visible(keys: Tensor, queries: Tensor, window: int | None) -> Tensor | None:
+    key, query = keys[:, None, :], queries[:, :, None]
+    visible = (key >= 0) & (key <= query)
+    if window is not None:
+        visible &= key > query - window
+    tokens = queries.shape[1]
+    if tokens == 1:
+        return None if bool(visible.all()) else visible[:, None]
+    # A padded query must attend something, or softmax gives NaN: itself.
+    visible[:, :, -tokens:] |= torch.eye(tokens, dtype=torch.bool, device=visible.device)
+    return visible[:, None]

@@ -1,0 +1,251 @@
+"""A byte budget becomes a plan: what is kept, in which codec, at how many bytes.
+
+The size of a packet is a sum over shapes, so it is predicted to the byte before anything is encoded. What a plan
+costs in quality cannot be known so cheaply; its ``distortion`` is an estimate on the cache at hand, used only to
+choose between plans that fit, and never reported as quality.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from kvtalk.cache import KVCache
+from kvtalk.codecs import codec
+from kvtalk.errors import BudgetError
+from kvtalk.layout import LayerLayout, Layout
+from kvtalk.selection.layers import select_layers
+from kvtalk.selection.tokens import kept_count, token_policy
+from kvtalk.spec import ModelSpec
+
+_UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_BUDGET_USAGE = "give bytes (200KB, 1MiB), bits per value (4bits) or a share of the bf16 cache (25%)"
+_SAMPLE_TOKENS = 256
+
+Rope = Literal["before", "after"]
+
+
+@dataclass(frozen=True)
+class Rung:
+    """Codecs of keys and values, and whether keys are packed before or after RoPE."""
+
+    keys: str
+    values: str
+    rope: Rope
+
+
+LADDER = (
+    Rung("bf16", "bf16", "after"),
+    Rung("int8:channel", "int8:token", "before"),
+    Rung("int8:channel", "int4:token", "before"),
+    Rung("int4:channel", "int4:token", "before"),
+    Rung("int4:channel", "int2:token", "before"),
+    Rung("int2:32x1", "int2:token", "before"),
+)
+"""What a budget chooses from, best first."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many bytes a transfer may take.
+
+    Attributes:
+        amount: bytes, bits per value, or a share of the bf16 cache.
+        unit: which of them.
+    """
+
+    amount: float
+    unit: Literal["bytes", "bits", "share"]
+
+    @classmethod
+    def parse(cls, text: str) -> Budget:
+        """Read ``200KB``, ``1MiB``, ``4096``, ``4bits``, ``25%`` or ``0.25x``.
+
+        Raises:
+            BudgetError: not a size, or not above zero.
+        """
+        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-z%]*)\s*", text.lower())
+        if not match:
+            raise BudgetError(f"budget {text!r} is not a size: {_BUDGET_USAGE}")
+        amount, unit = float(match[1]), match[2]
+        if amount == 0:
+            raise BudgetError(f"budget {text!r} must be above zero: {_BUDGET_USAGE}")
+        if unit in ("bits", "bit", "bpv"):
+            return cls(amount, "bits")
+        if unit in ("%", "x"):
+            return cls(amount / 100 if unit == "%" else amount, "share")
+        if unit and unit not in _UNITS:
+            raise BudgetError(f"budget {text!r} has an unknown unit: {_BUDGET_USAGE}")
+        return cls(amount * _UNITS[unit or "b"], "bytes")
+
+    def bytes_for(self, tokens: int, spec: ModelSpec) -> int:
+        """Bytes allowed for a context of that many tokens."""
+        if self.unit == "bytes":
+            return int(self.amount)
+        if self.unit == "bits":
+            return int(self.amount * tokens * spec.values_per_token / 8)
+        return int(self.amount * tokens * spec.bytes_per_token)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to send of a cache and how to pack it.
+
+    Attributes:
+        keys: codec of the keys, see :func:`kvtalk.codecs.codec`.
+        values: codec of the values.
+        rope: pack keys ``before`` their rotary embedding (un-rotated) or ``after`` it (as the model holds them).
+        tokens: token policy.
+        keep: tokens to keep in each layer: a share (float) or a number (int).
+        layers: layer policy.
+        seed: of the token policy.
+    """
+
+    keys: str = "bf16"
+    values: str = "bf16"
+    rope: Rope = "after"
+    tokens: str = "value_norm"
+    keep: float | int = 1.0
+    layers: str = "all"
+    seed: int = 0
+
+    @property
+    def rung(self) -> Rung:
+        """Its codecs."""
+        return Rung(self.keys, self.values, self.rope)
+
+    def __str__(self) -> str:
+        parts = [self.keys if self.keys == self.values else f"{self.keys}/{self.values}"]
+        if self.rope == "before":
+            parts.append("before RoPE")
+        if self.keep != 1.0:
+            share = f"{self.keep:.0%}" if isinstance(self.keep, float) else f"{self.keep} tokens"
+            parts.append(f"{self.tokens} {share}")
+        if self.layers != "all":
+            parts.append(f"layers {self.layers}")
+        return ", ".join(parts)
+
+    def layout(self, cache: KVCache, spec: ModelSpec) -> Layout:
+        """Where each byte goes if this cache (one sequence, already cut to what can be attended) is sent.
+
+        Raises:
+            SelectionError, CodecError: the plan names something unknown.
+        """
+        policy = token_policy(self.tokens, self.seed)
+        chosen = set(select_layers(self.layers, len(spec.layers)))
+        layers = []
+        for index, (layer, shape) in enumerate(zip(cache.layers, spec.layers, strict=True)):
+            if index not in chosen or layer.tokens == 0:
+                layers.append(LayerLayout(shape.kv_heads, shape.head_dim, 0, 0, 0, self.keys, self.values))
+                continue
+            first, last = int(layer.positions[0, 0]), int(layer.positions[0, -1])
+            kept = kept_count(self.keep, layer.tokens)
+            layers.append(
+                LayerLayout(
+                    shape.kv_heads, shape.head_dim, first, last - first + 1, kept, self.keys, self.values
+                )
+            )
+        return Layout(0, tuple(layers), policy.positional)
+
+    def apply(self, cache: KVCache, spec: ModelSpec) -> KVCache:
+        """The chosen tokens of the chosen layers, keys rotated or not as planned."""
+        chosen = cache.keep_layers(select_layers(self.layers, len(spec.layers)))
+        counts = [kept_count(self.keep, layer.tokens) if layer.tokens else 0 for layer in chosen.layers]
+        return chosen.take(token_policy(self.tokens, self.seed).select(chosen, counts))
+
+
+def fit(
+    cache: KVCache,
+    spec: ModelSpec,
+    limit: int,
+    size: Callable[[Plan], int],
+    base: Plan | None = None,
+    ladder: Sequence[Rung] = LADDER,
+) -> Plan:
+    """The plan of least estimated distortion that takes at most ``limit`` bytes.
+
+    Each rung of the ladder keeps as many tokens as fit; policies, layers and seed are those of ``base``.
+
+    Args:
+        cache: one sequence, rotated, cut to what can be attended.
+        spec: its model.
+        limit: bytes.
+        size: the exact bytes of a plan for this cache.
+        base: token policy, layer policy and seed to use.
+        ladder: codecs to choose from, best first.
+
+    Raises:
+        BudgetError: even one token a layer in the smallest codec is too large; says what would fit.
+    """
+    base = base or Plan()
+    sample = KVCache(tuple(layer.span(0, _SAMPLE_TOKENS) for layer in cache.layers), cache.length)
+    samples = {"after": sample, "before": sample.unrotated(spec)}
+    best: tuple[float, Plan] | None = None
+    smallest: int | None = None
+    for rung in ladder:
+        plan = replace(base, keys=rung.keys, values=rung.values, rope=rung.rope)
+        least = size(replace(plan, keep=1))
+        smallest = least if smallest is None else min(smallest, least)
+        keep = _most_tokens(plan, size, limit, max(layer.tokens for layer in cache.layers))
+        if keep is None:
+            continue
+        plan = replace(plan, keep=keep)
+        distortion = estimate_distortion(cache, samples[rung.rope], spec, plan)
+        if best is None or distortion < best[0]:
+            best = distortion, plan
+        if keep == 1.0:
+            break  # lower rungs only lose more
+    if best is None:
+        raise BudgetError(
+            f"a budget of {limit:,} bytes is too small: the smallest possible packet of this context takes {smallest:,} bytes"
+        )
+    return best[1]
+
+
+def estimate_distortion(cache: KVCache, sample: KVCache, spec: ModelSpec, plan: Plan) -> float:
+    """Share of the keys' and values' energy that the plan loses, 0 to 1.
+
+    Args:
+        cache: what would be sent if nothing were dropped.
+        sample: some of its tokens, keys as the plan packs them; the codecs' noise is measured on them.
+        spec: the model.
+        plan: the plan.
+    """
+    lost, all_values = 0.0, 0
+    chosen = set(select_layers(plan.layers, len(spec.layers)))
+    for index, (layer, some, shape) in enumerate(zip(cache.layers, sample.layers, spec.layers, strict=True)):
+        values = layer.tokens * shape.kv_heads * shape.head_dim
+        if values == 0:
+            continue
+        share = kept_count(plan.keep, layer.tokens) / layer.tokens if index in chosen else 0.0
+        noise = (_noise(some.keys[0], plan.keys) + _noise(some.values[0], plan.values)) / 2 if share else 0.0
+        lost += (share * noise + 1 - share) * values
+        all_values += values
+    return lost / max(all_values, 1)
+
+
+def _noise(values: torch.Tensor, name: str) -> float:
+    packer = codec(name)
+    restored = torch.empty(values.shape, dtype=torch.float32, device=values.device)
+    codes, scales = packer.encode(values)
+    packer.decode(codes, scales, restored)
+    energy = values.float().square().sum()
+    return float((restored - values.float()).square().sum() / energy.clamp(min=1e-12))
+
+
+def _most_tokens(plan: Plan, size: Callable[[Plan], int], limit: int, tokens: int) -> float | int | None:
+    """The most tokens a layer that fit: 1.0 for all, a number, or None for none."""
+    if size(replace(plan, keep=1.0)) <= limit:
+        return 1.0
+    low, high = 0, tokens
+    while high - low > 1:
+        middle = (low + high) // 2
+        if size(replace(plan, keep=middle)) <= limit:
+            low = middle
+        else:
+            high = middle
+    return low or None

@@ -1,0 +1,95 @@
+"""Rotary position embedding: rotate, un-rotate and move keys.
+
+A key at position ``p`` is ``R(p·θ)·k``. Rotations about the same axes add up, so a key is un-rotated by rotating
+it by ``−p`` and moved from ``p`` to ``q`` by rotating it by ``q − p``. All of this is done in float32: in bf16 the
+angle of a late position would lose its low bits. (RoFormer, arXiv 2104.09864; layout of `transformers`: channel
+``i`` pairs with channel ``i + rotary_dim / 2``, channels from ``rotary_dim`` on are not rotated.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rope:
+    """The rotary frequencies of a layer.
+
+    Attributes:
+        frequencies: radians per position of each rotated channel pair, ``rotary_dim / 2`` of them.
+    """
+
+    frequencies: tuple[float, ...]
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many of the head's first channels are rotated."""
+        return 2 * len(self.frequencies)
+
+    def angles(self, positions: Tensor) -> Angles:
+        """The rotation for each position.
+
+        Args:
+            positions: ``[batch, tokens]`` or ``[tokens]`` integers; negative ones rotate backwards.
+
+        Returns:
+            cosines and sines, ``[batch, 1, tokens, rotary_dim / 2]`` in float32, on the device of ``positions``.
+        """
+        frequencies = torch.tensor(self.frequencies, dtype=torch.float32, device=positions.device)
+        if positions.dim() == 1:
+            positions = positions[None]
+        radians = positions[:, None, :, None].to(torch.float32) * frequencies
+        return Angles(radians.cos(), radians.sin())
+
+
+@dataclass(frozen=True)
+class Angles:
+    """Cosines and sines, ``[batch, 1, tokens, rotary_dim / 2]``, float32."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def inverse(self) -> Angles:
+        """The rotation that undoes this one."""
+        return Angles(self.cos, -self.sin)
+
+
+def rotate(keys: Tensor, angles: Angles, out: Tensor | None = None) -> Tensor:
+    """Rotate keys by the given angles.
+
+    Args:
+        keys: ``[batch, kv_heads, tokens, head_dim]``, any floating type.
+        angles: as made by :meth:`Rope.angles` for the same batch and tokens.
+        out: where to write the result, of the same shape; may not share memory with ``keys``.
+
+    Returns:
+        the rotated keys in the type of ``out`` (by default that of ``keys``), computed in float32.
+    """
+    half = angles.cos.shape[-1]
+    if out is None:
+        out = torch.empty_like(keys)
+    first = keys[..., :half].to(torch.float32)
+    second = keys[..., half : 2 * half].to(torch.float32)
+    out[..., :half] = torch.addcmul(first * angles.cos, second, angles.sin, value=-1)
+    out[..., half : 2 * half] = torch.addcmul(second * angles.cos, first, angles.sin)
+    if 2 * half < keys.shape[-1]:
+        out[..., 2 * half :] = keys[..., 2 * half :]
+    return out
+
+
+class AngleTable:
+    """Angles computed once for all layers that share frequencies and positions."""
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = device
+        self._known: dict[tuple[Rope, bytes], Angles] = {}
+
+    def angles(self, rope: Rope, positions: Tensor) -> Angles:
+        """As :meth:`Rope.angles`, for positions that lie on the CPU."""
+        key = (rope, repr(tuple(positions.shape)).encode() + positions.contiguous().numpy().tobytes())
+        if key not in self._known:
+            self._known[key] = rope.angles(positions.to(self.device))
+        return self._known[key]

@@ -1,0 +1,1 @@
+"""What to send: which tokens (tokens.py) of which layers (layers.py)."""

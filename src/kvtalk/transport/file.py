@@ -1,0 +1,70 @@
+"""Packets as files: written whole or not at all, read with a bound on their size."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+from kvtalk.errors import InputError
+
+MAX_BYTES = 64 << 30
+
+
+def save(path: Path | str, write: Callable[[BinaryIO], object]) -> int:
+    """Create a file through a temporary one beside it; whatever fails, no partial file is left behind.
+
+    Args:
+        path: of the file; an existing one is replaced at the end.
+        write: receives the open temporary file.
+
+    Returns:
+        its size in bytes.
+
+    Raises:
+        InputError: the folder cannot be written to, or the disk is full.
+    """
+    path = Path(path)
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+    try:
+        with os.fdopen(handle, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+            size = file.seek(0, os.SEEK_END)
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}; nothing was left behind") from error
+    finally:
+        Path(name).unlink(missing_ok=True)
+    return size
+
+
+def load(path: Path | str, max_bytes: int = MAX_BYTES) -> memoryview:
+    """A file's bytes.
+
+    Raises:
+        InputError: no such file, or larger than ``max_bytes``.
+    """
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > max_bytes:
+                raise InputError(f"{path} has {size:,} bytes, at most {max_bytes:,} are read")
+            content = bytearray(size)
+            got = file.readinto(content)
+            return memoryview(content)[:got]
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current
