@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -57,6 +58,15 @@ class LayerCache:
         )
 
 
+@dataclass(frozen=True)
+class Extent:
+    """The tokens of one layer: the first one's position, positions up to the last, and how many there are."""
+
+    first: int
+    span: int
+    tokens: int
+
+
 @dataclass(frozen=True, eq=False)
 class KVCache:
     """The cache of a whole model for a batch of sequences.
@@ -83,6 +93,16 @@ class KVCache:
             layer.keys.numel() * layer.keys.element_size() + layer.values.numel() * layer.values.element_size()
             for layer in self.layers
         )
+
+    @cached_property
+    def extents(self) -> tuple[Extent, ...]:
+        """What each layer holds of one sequence; all that the size of a packet depends on."""
+        self._need_one_row("extents")
+        found = []
+        for layer in self.layers:
+            held = layer.positions[0].tolist()
+            found.append(Extent(held[0], held[-1] - held[0] + 1, len(held)) if held else Extent(0, 0, 0))
+        return tuple(found)
 
     @classmethod
     def from_transformers(cls, cache: Cache, positions: Tensor) -> KVCache:

@@ -7,6 +7,7 @@ agree to the byte, which is what makes sizes predictable and damaged packets rec
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from kvtalk.codecs import codec
 
@@ -45,6 +46,7 @@ class LayerLayout:
         """Bytes of that mask."""
         return -(-self.span // 8) if self.masked else 0
 
+    @cached_property
     def sizes(self) -> dict[str, int]:
         """Bytes of the layer in each section but the positions."""
         shape = (self.kv_heads, self.kept, self.head_dim)
@@ -95,7 +97,7 @@ class Layout:
         """Bytes of each section, empty ones left out, in the packet's order."""
         totals = dict.fromkeys(SECTIONS, 0)
         for layer, offset in zip(self.layers, self.mask_offsets(), strict=True):
-            for name, size in layer.sizes().items():
+            for name, size in layer.sizes.items():
                 totals[name] += size
             if offset is not None:
                 totals["positions"] = max(totals["positions"], offset + layer.mask_bytes)

@@ -6,7 +6,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from io import BytesIO
+from typing import Any, BinaryIO
 
 import torch
 from transformers.generation.streamers import BaseStreamer
@@ -124,11 +125,32 @@ class Sharer:
         return fit(cache, self.lm.spec, limit, size, plan, [plan.rung])
 
     def encode(self, cache: KVCache, plan: Plan) -> memoryview:
-        """The packet of a cache that was read with :meth:`read`."""
+        """The packet, in memory, of a cache that was read with :meth:`read`."""
         return wire.encode(cache, plan, self.lm.spec, self.start)
 
     def share(self, context: str, budget: Budget | str | None = None, plan: Plan | None = None) -> Shared:
-        """Read a context and pack its cache.
+        """Read a context and pack its cache into memory.
+
+        Raises:
+            InputError: an unusable context.
+            BudgetError: a budget that cannot be met.
+        """
+        target = BytesIO()
+        made = self.write(target, context, budget, plan)
+        return replace(made, blob=target.getbuffer())
+
+    def write(
+        self,
+        target: BinaryIO,
+        context: str,
+        budget: Budget | str | None = None,
+        plan: Plan | None = None,
+        parts: int = 1,
+    ) -> Shared:
+        """Read a context and write its cache into an open, seekable file, one packet or several by layer group.
+
+        Returns:
+            plan and cost; the blob is empty.
 
         Raises:
             InputError: an unusable context.
@@ -137,10 +159,10 @@ class Sharer:
         with _timed(self.lm) as prefill:
             cache = self.read(context)
         with _timed(self.lm) as encoding:
-            plan = self.plan(cache, budget, plan)
-            blob = self.encode(cache, plan)
+            plan = self.plan(cache, budget, plan, parts)
+            size = wire.write(target, cache, plan, self.lm.spec, self.start, parts)
         tokens = cache.length[0] - self.start
-        return Shared(blob, plan, self._cost(len(blob), tokens, prefill(), encoding()))
+        return Shared(memoryview(b""), plan, self._cost(size, tokens, prefill(), encoding()))
 
     def _cost(self, size: int, tokens: int, prefill: float, encoding: float) -> Cost:
         return Cost(size, bits_per_value(size, tokens, self.lm), tokens, prefill, encoding)
@@ -236,6 +258,10 @@ class Link:
         if isinstance(receiver, str):
             receiver = read if receiver == sharer else LM.load(receiver)
         self.sharer, self.receiver = Sharer(read), Receiver(receiver)
+
+    def warm_up(self) -> None:
+        """Read both heads and run the kernels once, so that the first question is timed like any other."""
+        self.ask("A text.", "A question?", max_new_tokens=2)
 
     def ask(
         self,

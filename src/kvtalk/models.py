@@ -160,11 +160,20 @@ class LM:
         return place(self.spec, own, contexts, room=room, gaps=gaps, device=self.device)
 
     @torch.no_grad()
-    def logits(self, prompts: Sequence[Sequence[int]], placed: PlacedCache) -> Tensor:
-        """Logits after each token of the prompts, ``[batch, tokens, vocabulary]``; left-padded, appended to ``placed``."""
+    def logits(self, prompts: Sequence[Sequence[int]], placed: PlacedCache, keep: int = 0) -> Tensor:
+        """Read prompts after a placed cache.
+
+        Args:
+            prompts: tokens of each row; appended to ``placed``.
+            placed: grows by the longest prompt.
+            keep: how many of the last tokens to give logits for; 0 for all.
+
+        Returns:
+            logits after each token, ``[batch, tokens, vocabulary]``; shorter rows are padded on the left.
+        """
         inputs = self._continuation(prompts, placed)
         with attending(self.model):
-            output = self.model(**inputs, past_key_values=placed, use_cache=True)
+            output = self.model(**inputs, past_key_values=placed, use_cache=True, logits_to_keep=keep)
         return torch.as_tensor(output.logits)
 
     @torch.no_grad()

@@ -42,23 +42,13 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
-class ModelId(_Strict):
-    """The sharer's fingerprint."""
-
-    arch: Annotated[str, Field(max_length=64)]
-    geometry: Digest
-    rope: Digest
-    tokenizer: Digest
-    weights: Digest
-
-
 class Manifest(_Strict):
     """What a packet says about itself.
 
     Attributes:
         v: version of the format.
         payload: ``cache``: keys and values.
-        model: who made it.
+        model: the sharer's fingerprint: arch, then digests of geometry, rope, tokenizer and weights.
         start: position of the context's first token at the sharer.
         end: the position after its last token.
         longest: the most tokens that any layer of the whole cache keeps.
@@ -67,25 +57,25 @@ class Manifest(_Strict):
         masks: ``shared`` if layers of equal first, span and kept have one mask.
         part: this packet's number from 1, and how many there are.
         covers: first model layer of this packet, the one after its last, and the model's number of layers.
-        layers: runs of equal layers: how many, kv_heads, head_dim, first, span, kept, key codec, value codec.
-        sums: xxh3 of each section.
+        shapes: distinct layers: kv_heads, head_dim, first, span, kept, key codec, value codec.
+        layers: runs of equal layers: how many, and which shape.
+        sums: xxh3 of each section, in their order.
     """
 
     v: Literal[1]
     payload: Literal["cache"]
-    model: ModelId
+    model: tuple[Annotated[str, Field(max_length=64)], Digest, Digest, Digest, Digest]
     start: Count
     end: Count
     longest: Count
     rotated: bool
     codecs: Annotated[list[Annotated[str, Field(max_length=32)]], Field(max_length=64)]
     masks: Literal["shared", "layer"]
-    part: Annotated[list[Small], Field(min_length=2, max_length=2)]
-    covers: Annotated[list[Small], Field(min_length=3, max_length=3)]
-    layers: Annotated[
-        list[Annotated[list[Count], Field(min_length=8, max_length=8)]], Field(min_length=1, max_length=4096)
-    ]
-    sums: dict[Literal["keys", "key_scales", "values", "value_scales", "positions"], Digest]
+    part: tuple[Small, Small]
+    covers: tuple[Small, Small, Small]
+    shapes: Annotated[list[tuple[Small, Small, Count, Count, Count, Small, Small]], Field(max_length=4096)]
+    layers: Annotated[list[tuple[Small, Small]], Field(min_length=1, max_length=4096)]
+    sums: Annotated[list[Digest], Field(max_length=len(SECTIONS))]
 
     def layout(self) -> Layout:
         """Where the packet's bytes lie.
@@ -93,25 +83,27 @@ class Manifest(_Strict):
         Raises:
             PacketError: rows that contradict each other, or an unknown codec.
         """
-        layers = []
-        for row in self.layers:
-            count, kv_heads, head_dim, first, span, kept, keys, values = row
-            if count > 4096 or kv_heads > 4096 or not 0 < head_dim <= 4096 or kept > span:
-                raise PacketError("layers", f"impossible row {row}")
-            if kept and not (self.start <= first and first + span <= self.end and kept <= self.longest):
-                raise PacketError("layers", f"row {row} lies outside the context {self.start}..{self.end}")
-            layers += [
-                LayerLayout(kv_heads, head_dim, first, span, kept, self._codec(keys), self._codec(values))
-            ] * count
+        shapes = [self._layer(shape) for shape in self.shapes]
+        if sum(count for count, _ in self.layers) > 4096 or max(shape for _, shape in self.layers) >= len(shapes):
+            raise PacketError("layers", "runs that name more layers or shapes than there can be")
+        layers = [shapes[shape] for count, shape in self.layers for _ in range(count)]
         begin, stop, total = self.covers
         if not (begin < stop <= total and len(layers) == stop - begin):
             raise PacketError("covers", f"{self.covers} does not fit {len(layers)} layers")
         if not 1 <= self.part[0] <= self.part[1]:
             raise PacketError("part", f"{self.part[0]} of {self.part[1]}")
         layout = Layout(begin, tuple(layers), self.masks == "shared")
-        if set(self.sums) != set(layout.section_sizes()):
-            raise PacketError("sums", "checksums do not name the sections that are there")
+        if len(self.sums) != len(layout.section_sizes()):
+            raise PacketError("sums", f"{len(self.sums)} checksums for {len(layout.section_sizes())} sections")
         return layout
+
+    def _layer(self, shape: tuple[int, ...]) -> LayerLayout:
+        kv_heads, head_dim, first, span, kept, keys, values = shape
+        if head_dim == 0 or kept > span:
+            raise PacketError("shapes", f"impossible shape {shape}")
+        if kept and not (self.start <= first and first + span <= self.end and kept <= self.longest):
+            raise PacketError("shapes", f"{shape} lies outside the context {self.start}..{self.end}")
+        return LayerLayout(kv_heads, head_dim, first, span, kept, self._codec(keys), self._codec(values))
 
     def _codec(self, index: int) -> str:
         if index >= len(self.codecs):
@@ -124,7 +116,7 @@ class Manifest(_Strict):
 
 def predict(cache: KVCache, plan: Plan, spec: ModelSpec, start: int = 0, parts: int = 1) -> int:
     """Bytes of the packet (or of all parts together), exactly, before anything is encoded."""
-    whole = plan.layout(cache, spec)
+    whole = plan.layout(cache.extents, spec)
     total = 0
     for number, (begin, stop) in enumerate(_groups(len(spec.layers), parts), 1):
         layout = whole.covering(begin, stop)
@@ -156,7 +148,7 @@ def write(target: BinaryIO, cache: KVCache, plan: Plan, spec: ModelSpec, start: 
     Returns:
         bytes written, what :func:`predict` said.
     """
-    whole = plan.layout(cache, spec)
+    whole = plan.layout(cache.extents, spec)
     chosen = plan.apply(cache, spec)
     origin = target.tell()
     for number, (begin, stop) in enumerate(_groups(len(spec.layers), parts), 1):
@@ -222,7 +214,7 @@ class Packet:
     @property
     def fingerprint(self) -> Fingerprint:
         """The sharer's."""
-        return Fingerprint(**self.manifest.model.model_dump())
+        return Fingerprint(*self.manifest.model)
 
     def check_model(self, spec: ModelSpec) -> None:
         """Refuse a packet of another model.
@@ -252,7 +244,7 @@ class Packet:
         cursors = dict.fromkeys(SECTIONS, 0)
         for layer, offset in zip(self.layout.layers, self.layout.mask_offsets(), strict=True):
             taken = {}
-            for name, size in layer.sizes().items():
+            for name, size in layer.sizes.items():
                 taken[name] = self._section(name)[cursors[name] : cursors[name] + size].to(device)
                 cursors[name] += size
             yield LayerCache(
@@ -340,7 +332,7 @@ def to_cache(packets: Iterable[Packet], spec: ModelSpec) -> KVCache:
 
 def _check_part(packet: Packet, first: Packet, number: int, covered: int, layers: int) -> None:
     ours, theirs = first.manifest, packet.manifest
-    if theirs.part != [number, ours.part[1]] or theirs.covers[0] != covered or theirs.covers[2] != layers:
+    if theirs.part != (number, ours.part[1]) or theirs.covers[0] != covered or theirs.covers[2] != layers:
         raise PacketError("part", f"expected part {number} of {ours.part[1]} from layer {covered} on")
     same = ("start", "end", "longest", "rotated")
     if any(getattr(ours, name) != getattr(theirs, name) for name in same):
@@ -372,10 +364,11 @@ def _manifest(
         ]
         for layer in layout.layers
     ]
+    shapes = [row for index, row in enumerate(rows) if row not in rows[:index]]
     return {
         "v": VERSION,
         "payload": "cache",
-        "model": asdict(spec.fingerprint),
+        "model": list(asdict(spec.fingerprint).values()),
         "start": start,
         "end": cache.length[0],
         "longest": longest,
@@ -384,8 +377,9 @@ def _manifest(
         "masks": "shared" if layout.shared_masks else "layer",
         "part": list(part),
         "covers": [layout.begin, layout.begin + len(layout.layers), len(spec.layers)],
-        "layers": [[len(list(same)), *row] for row, same in groupby(rows)],
-        "sums": {name: sums.get(name, _NO_SUM) for name in layout.section_sizes()},
+        "shapes": shapes,
+        "layers": [[len(list(same)), shapes.index(row)] for row, same in groupby(rows)],
+        "sums": [sums.get(name, _NO_SUM) for name in layout.section_sizes()],
     }
 
 
@@ -498,7 +492,7 @@ def _read_manifest(header: bytes) -> Manifest:
     if _sum(text.encode()) != declared:
         raise PacketError("manifest", "checksum does not match: the packet was damaged")
     try:
-        return Manifest.model_validate(content)
+        return Manifest.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
         field = str(first["loc"][0]) if first["loc"] else "manifest"
@@ -506,6 +500,6 @@ def _read_manifest(header: bytes) -> Manifest:
 
 
 def _verify(data: memoryview, manifest: Manifest, layout: Layout) -> None:
-    for name, (begin, end) in _ranges(layout).items():
-        if _sum(data[begin:end]) != manifest.sums[name]:  # type: ignore[index]
+    for (name, (begin, end)), declared in zip(_ranges(layout).items(), manifest.sums, strict=True):
+        if _sum(data[begin:end]) != declared:
             raise PacketError(name, "checksum does not match: the packet was damaged")

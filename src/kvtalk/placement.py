@@ -86,6 +86,11 @@ class PlacedLayer(CacheLayerMixin):  # type: ignore[misc]
         self.keys, self.values = self._keys[:, :, :stop], self._values[:, :, :stop]
         return self.keys, self.values
 
+    def forget(self, columns: int) -> None:
+        """Drop the last columns; the buffer keeps its room."""
+        self.used -= columns
+        self.keys, self.values = self._keys[:, :, : self.used], self._values[:, :, : self.used]
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the keys; the mask itself comes from :class:`PlacedCache`."""
         return self.used + query_length, 0
@@ -103,6 +108,14 @@ class PlacedLayer(CacheLayerMixin):  # type: ignore[misc]
         beam_idx = beam_idx.to(self._keys.device)
         self._keys, self._values = self._keys[beam_idx], self._values[beam_idx]
         self.keys, self.values = self._keys[:, :, : self.used], self._values[:, :, : self.used]
+
+
+@dataclass(frozen=True, eq=False)
+class Mark:
+    """A point in a placed cache's growth."""
+
+    columns: int
+    next_positions: Tensor
 
 
 class PlacedCache(Cache):  # type: ignore[misc]
@@ -131,6 +144,18 @@ class PlacedCache(Cache):  # type: ignore[misc]
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns of the longest layer: what `generate` counts as already read."""
         return self.columns
+
+    def mark(self) -> Mark:
+        """Where the cache stands, to come back to with :meth:`rewind`."""
+        return Mark(self.columns, self.next_positions)
+
+    def rewind(self, mark: Mark) -> None:
+        """Forget every token read since the mark."""
+        extra = self.columns - mark.columns
+        for layer in self.layers:
+            layer.forget(extra)
+        self._tracks = [track[:, : track.shape[1] - extra] for track in self._tracks]
+        self.next_positions = mark.next_positions
 
     def begin(self, positions: Tensor, real: Tensor) -> None:
         """Announce the tokens of the coming forward pass.

@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 
-from kvtalk.cache import KVCache
+from kvtalk.cache import Extent, KVCache
 from kvtalk.codecs import codec
 from kvtalk.errors import BudgetError
 from kvtalk.layout import LayerLayout, Layout
@@ -118,19 +118,46 @@ class Plan:
         """Its codecs."""
         return Rung(self.keys, self.values, self.rope)
 
+    @classmethod
+    def parse(cls, text: str, seed: int = 0) -> Plan:
+        """Read what ``str(plan)`` writes: ``KEYS[/VALUES] [before] [POLICY@KEEP] [layers=LAYERS]``.
+
+        Examples: ``bf16``; ``int4:channel/int4:token before``; ``fp16 value_norm@50% layers=first:15``.
+
+        Raises:
+            BudgetError: not a plan.
+            CodecError, SelectionError: an unknown codec or policy.
+        """
+        codecs, *rest = text.split() or [""]
+        keys, _, values = codecs.partition("/")
+        plan = cls(keys=str(codec(keys)), values=str(codec(values or keys)), seed=seed)
+        for word in rest:
+            if word in ("before", "after"):
+                plan = replace(plan, rope="before" if word == "before" else "after")
+            elif word.startswith("layers="):
+                plan = replace(plan, layers=word.removeprefix("layers="))
+            elif "@" in word:
+                name, _, keep = word.partition("@")
+                plan = replace(plan, tokens=token_policy(name, seed).name, keep=_parse_keep(keep))
+            else:
+                raise BudgetError(
+                    f"plan {text!r}: {word!r} is not understood; use KEYS/VALUES, before, POLICY@KEEP, layers=LAYERS"
+                )
+        return plan
+
     def __str__(self) -> str:
         parts = [self.keys if self.keys == self.values else f"{self.keys}/{self.values}"]
         if self.rope == "before":
-            parts.append("before RoPE")
+            parts.append("before")
         if self.keep != 1.0:
-            share = f"{self.keep:.0%}" if isinstance(self.keep, float) else f"{self.keep} tokens"
-            parts.append(f"{self.tokens} {share}")
+            keep = f"{100 * self.keep:g}%" if isinstance(self.keep, float) else str(self.keep)
+            parts.append(f"{self.tokens}@{keep}")
         if self.layers != "all":
-            parts.append(f"layers {self.layers}")
-        return ", ".join(parts)
+            parts.append(f"layers={self.layers}")
+        return " ".join(parts)
 
-    def layout(self, cache: KVCache, spec: ModelSpec) -> Layout:
-        """Where each byte goes if this cache (one sequence, already cut to what can be attended) is sent.
+    def layout(self, extents: Sequence[Extent], spec: ModelSpec) -> Layout:
+        """Where each byte goes if a cache of these extents is sent.
 
         Raises:
             SelectionError, CodecError: the plan names something unknown.
@@ -138,17 +165,11 @@ class Plan:
         policy = token_policy(self.tokens, self.seed)
         chosen = set(select_layers(self.layers, len(spec.layers)))
         layers = []
-        for index, (layer, shape) in enumerate(zip(cache.layers, spec.layers, strict=True)):
-            if index not in chosen or layer.tokens == 0:
-                layers.append(LayerLayout(shape.kv_heads, shape.head_dim, 0, 0, 0, self.keys, self.values))
-                continue
-            first, last = int(layer.positions[0, 0]), int(layer.positions[0, -1])
-            kept = kept_count(self.keep, layer.tokens)
-            layers.append(
-                LayerLayout(
-                    shape.kv_heads, shape.head_dim, first, last - first + 1, kept, self.keys, self.values
-                )
-            )
+        for index, (extent, shape) in enumerate(zip(extents, spec.layers, strict=True)):
+            sent = extent if index in chosen else Extent(0, 0, 0)
+            kept = kept_count(self.keep, sent.tokens) if sent.tokens else 0
+            size = (shape.kv_heads, shape.head_dim)
+            layers.append(LayerLayout(*size, sent.first, sent.span, kept, self.keys, self.values))
         return Layout(0, tuple(layers), policy.positional)
 
     def apply(self, cache: KVCache, spec: ModelSpec) -> KVCache:
@@ -226,6 +247,19 @@ def estimate_distortion(cache: KVCache, sample: KVCache, spec: ModelSpec, plan: 
         lost += (share * noise + 1 - share) * values
         all_values += values
     return lost / max(all_values, 1)
+
+
+def _parse_keep(text: str) -> float | int:
+    share = text.endswith("%")
+    try:
+        number = float(text.rstrip("%"))
+    except ValueError:
+        number = 0.0
+    if share and 0 < number <= 100:
+        return number / 100
+    if not share and number >= 1 and number == int(number):
+        return int(number)
+    raise BudgetError(f"keep {text!r}: give a share like 50% or a number of tokens like 128")
 
 
 def _noise(values: torch.Tensor, name: str) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from kvtalk.errors import SelectionError
 
-USAGE = "all, first:N, last:N, every:K, or a list such as 0,3,8-11"
+USAGE = "all, first:N, last:N (a number or a share like 50%), every:K, or a list such as 0,3,8-11"
 
 
 def select_layers(policy: str, layers: int) -> list[int]:
@@ -22,13 +22,16 @@ def select_layers(policy: str, layers: int) -> list[int]:
     if name == "all" and not argument:
         return list(range(layers))
     if name in ("first", "last", "every"):
-        count = _count(policy, argument)
+        count = _count(policy, argument, layers)
         chosen = {"first": range(min(count, layers)), "last": range(max(0, layers - count), layers)}
         return list(chosen.get(name, range(0, layers, count)))
     return _listed(policy, layers)
 
 
-def _count(policy: str, argument: str) -> int:
+def _count(policy: str, argument: str, layers: int) -> int:
+    share = argument.removesuffix("%")
+    if share != argument and share.isdecimal() and 0 < int(share) <= 100:
+        return -(-layers * int(share) // 100)
     if not argument.isdecimal() or int(argument) == 0:
         raise SelectionError(f"layers {policy!r}: needs a positive number; use {USAGE}")
     return int(argument)

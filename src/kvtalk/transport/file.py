@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -13,15 +14,12 @@ from kvtalk.errors import InputError
 MAX_BYTES = 64 << 30
 
 
-def save(path: Path | str, write: Callable[[BinaryIO], object]) -> int:
-    """Create a file through a temporary one beside it; whatever fails, no partial file is left behind.
+@contextmanager
+def saving(path: Path | str) -> Iterator[BinaryIO]:
+    """An open file that takes its name only when the block ends well; otherwise nothing is left behind.
 
     Args:
         path: of the file; an existing one is replaced at the end.
-        write: receives the open temporary file.
-
-    Returns:
-        its size in bytes.
 
     Raises:
         InputError: the folder cannot be written to, or the disk is full.
@@ -33,17 +31,15 @@ def save(path: Path | str, write: Callable[[BinaryIO], object]) -> int:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from error
     try:
         with os.fdopen(handle, "wb") as file:
-            write(file)
+            yield file
             file.flush()
             os.fsync(file.fileno())
-            size = file.seek(0, os.SEEK_END)
         os.chmod(name, 0o666 & ~_umask())
         os.replace(name, path)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}; nothing was left behind") from error
     finally:
         Path(name).unlink(missing_ok=True)
-    return size
 
 
 def load(path: Path | str, max_bytes: int = MAX_BYTES) -> memoryview:

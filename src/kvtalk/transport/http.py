@@ -1,0 +1,36 @@
+"""Packets over HTTP, read with a bound on their size."""
+
+from __future__ import annotations
+
+import urllib.error
+import urllib.request
+
+from kvtalk.errors import InputError
+from kvtalk.transport.file import MAX_BYTES
+
+_CHUNK = 1 << 20
+
+
+def fetch(url: str, max_bytes: int = MAX_BYTES, timeout: float = 30.0) -> memoryview:
+    """GET a packet.
+
+    Args:
+        url: ``http://`` or ``https://``.
+        max_bytes: more than this is refused, whatever the server declares.
+        timeout: seconds without any byte.
+
+    Raises:
+        InputError: no answer, an error status, or too many bytes.
+    """
+    if not url.startswith(("http://", "https://")):
+        raise InputError(f"{url}: only http:// and https:// addresses are fetched")
+    try:
+        with urllib.request.urlopen(url, timeout=timeout) as response:
+            content = bytearray()
+            while chunk := response.read(_CHUNK):
+                content += chunk
+                if len(content) > max_bytes:
+                    raise InputError(f"{url}: more than {max_bytes:,} bytes")
+            return memoryview(content)
+    except (urllib.error.URLError, OSError, ValueError) as error:
+        raise InputError(f"cannot fetch {url}: {getattr(error, 'reason', error)}") from error
