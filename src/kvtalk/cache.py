@@ -42,6 +42,19 @@ class LayerCache:
         """Columns held, padding included."""
         return self.positions.shape[1]
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """KV heads and head_dim."""
+        return self.keys.shape[1], self.keys.shape[3]
+
+    def keys_into(self, out: Tensor) -> None:
+        """Copy the keys to ``out``, of the same shape."""
+        out.copy_(self.keys)
+
+    def values_into(self, out: Tensor) -> None:
+        """Copy the values to ``out``, of the same shape."""
+        out.copy_(self.values)
+
     def take(self, indices: Tensor) -> LayerCache:
         """The given columns, in the given order (``indices``: ``[kept]``)."""
         indices = indices.to(self.keys.device)

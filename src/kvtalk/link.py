@@ -180,7 +180,7 @@ class Receiver:
         Raises:
             PacketError: damaged, or of another model.
         """
-        return wire.prefix(wire.read_stream(blob), self.lm.spec, self.lm.device)
+        return wire.prefix(wire.read_stream(blob), self.lm.spec)
 
     def answer(
         self,
@@ -226,10 +226,14 @@ class Receiver:
         return Answer(made.text, made, cost)
 
     def answer_text(self, context: str | None, question: str, *, max_new_tokens: int = 48, **options: Any) -> Answer:
-        """The same question with the context as text before it, or with none: what a transfer is measured against."""
+        """The same question with the context as text before it, or with none: what a transfer is measured against.
+
+        The head is read beforehand, as it is for a cache.
+        """
         read = [] if context is None else self.lm.encode(context)
-        prompt = [*self.lm.head_ids(), *read, *self.prompt(question)]
-        made = self.lm.generate([prompt], max_new_tokens=max_new_tokens, **options)[0]
+        prompt = [*read, *self.prompt(question)]
+        placed = self.lm.place([[]], room=len(prompt) + max_new_tokens)
+        made = self.lm.generate([prompt], placed, max_new_tokens=max_new_tokens, **options)[0]
         size = len((context or "").encode())
         cost = Cost(size, 0.0, len(read), first_token=made.first_token_seconds, rest=made.rest_seconds)
         return Answer(made.text, made, cost)

@@ -7,6 +7,7 @@ Nothing in it is executed; nothing is allocated before its declared sizes agree 
 from __future__ import annotations
 
 import json
+import mmap
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -48,7 +49,7 @@ class Manifest(_Strict):
     Attributes:
         v: version of the format.
         payload: ``cache``: keys and values.
-        model: the sharer's fingerprint: arch, then digests of geometry, rope, tokenizer and weights.
+        model: the sharer's fingerprint: arch, geometry, rope, tokenizer and weights, joined by colons.
         start: position of the context's first token at the sharer.
         end: the position after its last token.
         longest: the most tokens that any layer of the whole cache keeps.
@@ -58,13 +59,13 @@ class Manifest(_Strict):
         part: this packet's number from 1, and how many there are.
         covers: first model layer of this packet, the one after its last, and the model's number of layers.
         shapes: distinct layers: kv_heads, head_dim, first, span, kept, key codec, value codec.
-        layers: runs of equal layers: how many, and which shape.
+        layers: runs of equal layers, flat: how many, which shape, how many, which shape, and so on.
         sums: xxh3 of each section, in their order.
     """
 
     v: Literal[1]
     payload: Literal["cache"]
-    model: tuple[Annotated[str, Field(max_length=64)], Digest, Digest, Digest, Digest]
+    model: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}(:[0-9a-f]{16}){4}$")]
     start: Count
     end: Count
     longest: Count
@@ -74,7 +75,7 @@ class Manifest(_Strict):
     part: tuple[Small, Small]
     covers: tuple[Small, Small, Small]
     shapes: Annotated[list[tuple[Small, Small, Count, Count, Count, Small, Small]], Field(max_length=4096)]
-    layers: Annotated[list[tuple[Small, Small]], Field(min_length=1, max_length=4096)]
+    layers: Annotated[list[Small], Field(min_length=2, max_length=8192)]
     sums: Annotated[list[Digest], Field(max_length=len(SECTIONS))]
 
     def layout(self) -> Layout:
@@ -84,9 +85,10 @@ class Manifest(_Strict):
             PacketError: rows that contradict each other, or an unknown codec.
         """
         shapes = [self._layer(shape) for shape in self.shapes]
-        if sum(count for count, _ in self.layers) > 4096 or max(shape for _, shape in self.layers) >= len(shapes):
+        counts, which = self.layers[::2], self.layers[1::2]
+        if len(counts) != len(which) or sum(counts) > 4096 or max(which) >= len(shapes):
             raise PacketError("layers", "runs that name more layers or shapes than there can be")
-        layers = [shapes[shape] for count, shape in self.layers for _ in range(count)]
+        layers = [shapes[shape] for count, shape in zip(counts, which, strict=True) for _ in range(count)]
         begin, stop, total = self.covers
         if not (begin < stop <= total and len(layers) == stop - begin):
             raise PacketError("covers", f"{self.covers} does not fit {len(layers)} layers")
@@ -166,6 +168,50 @@ def write(target: BinaryIO, cache: KVCache, plan: Plan, spec: ModelSpec, start: 
 
 
 @dataclass(frozen=True, eq=False)
+class PackedLayer:
+    """One layer of a packet; decodes straight to where it is placed.
+
+    Attributes:
+        layout: its shape and codecs.
+        positions: ``[1, tokens]``.
+        keys, key_scales, values, value_scales: its bytes of each section.
+    """
+
+    layout: LayerLayout
+    positions: Tensor
+    keys: Tensor
+    key_scales: Tensor
+    values: Tensor
+    value_scales: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """KV heads and head_dim."""
+        return self.layout.kv_heads, self.layout.head_dim
+
+    def keys_into(self, out: Tensor) -> None:
+        """Decode the keys on the device of ``out``, ``[1, kv_heads, tokens, head_dim]``."""
+        self._decode(self.layout.keys, self.keys, self.key_scales, out)
+
+    def values_into(self, out: Tensor) -> None:
+        """Decode the values, likewise."""
+        self._decode(self.layout.values, self.values, self.value_scales, out)
+
+    def to_cache(self, dtype: torch.dtype) -> LayerCache:
+        """Decoded tensors."""
+        size = (1, self.layout.kv_heads, self.layout.kept, self.layout.head_dim)
+        layer = LayerCache(torch.empty(size, dtype=dtype), torch.empty(size, dtype=dtype), self.positions)
+        self.keys_into(layer.keys)
+        self.values_into(layer.values)
+        return layer
+
+    def _decode(self, name: str, codes: Tensor, scales: Tensor, out: Tensor) -> None:
+        if self.layout.kept:
+            rows = codes.to(out.device).view(self.layout.kv_heads, self.layout.kept, -1)
+            codec(name).decode(rows, scales.to(out.device), out[0])
+
+
+@dataclass(frozen=True, eq=False)
 class Packet:
     """A packet that has been read and verified.
 
@@ -179,6 +225,7 @@ class Packet:
     layout: Layout
     size: int
     _data: Tensor
+    _mapping: mmap.mmap | None = None
 
     @classmethod
     def parse(cls, blob: bytes | bytearray | memoryview) -> Packet:
@@ -207,14 +254,16 @@ class Packet:
             raise PacketError("size", f"truncated: {len(view)} bytes of {end}")
         data = view[header_end:end]
         _verify(data, manifest, layout)
-        writable = data if not data.readonly else memoryview(bytearray(data))
+        writable = memoryview(bytearray(data)) if data.readonly else data
         tensor = torch.frombuffer(writable, dtype=torch.uint8) if len(data) else torch.empty(0, dtype=torch.uint8)
-        return cls(manifest, layout, end, tensor)
+        packet = cls(manifest, layout, end, tensor, writable.obj if isinstance(writable.obj, mmap.mmap) else None)
+        packet._give_back(tensor)
+        return packet
 
     @property
     def fingerprint(self) -> Fingerprint:
         """The sharer's."""
-        return Fingerprint(*self.manifest.model)
+        return Fingerprint(*self.manifest.model.split(":"))
 
     def check_model(self, spec: ModelSpec) -> None:
         """Refuse a packet of another model.
@@ -231,12 +280,8 @@ class Packet:
                 "load the model that made it, or an adapter between the two",
             )
 
-    def layers(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> Iterator[LayerCache]:
-        """Decode layer by layer.
-
-        Args:
-            dtype: of keys and values.
-            device: codes move there first and are decoded there.
+    def layers(self) -> Iterator[PackedLayer]:
+        """The layers that the packet covers, still packed.
 
         Raises:
             PacketError: a mask that does not keep what the manifest says.
@@ -245,13 +290,21 @@ class Packet:
         for layer, offset in zip(self.layout.layers, self.layout.mask_offsets(), strict=True):
             taken = {}
             for name, size in layer.sizes.items():
-                taken[name] = self._section(name)[cursors[name] : cursors[name] + size].to(device)
+                taken[name] = self._section(name)[cursors[name] : cursors[name] + size]
                 cursors[name] += size
-            yield LayerCache(
-                _decoded(layer, layer.keys, taken["keys"], taken["key_scales"], dtype),
-                _decoded(layer, layer.values, taken["values"], taken["value_scales"], dtype),
-                self._positions(layer, offset),
-            )
+            yield PackedLayer(layer, self._positions(layer, offset), **taken)
+            for part in taken.values():
+                self._give_back(part)
+
+    def _give_back(self, part: Tensor) -> None:
+        """Let go of the memory of a part that was read, if it is mapped from a file; it can be read again."""
+        if self._mapping is None or not part.numel() or not hasattr(mmap, "MADV_DONTNEED"):
+            return
+        begin = part.data_ptr() - np.frombuffer(self._mapping, dtype=np.uint8).ctypes.data
+        first = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE
+        pages = (begin + part.numel() - first) // mmap.PAGESIZE
+        if pages > 0:
+            self._mapping.madvise(mmap.MADV_DONTNEED, first, pages * mmap.PAGESIZE)
 
     def _section(self, name: str) -> Tensor:
         begin, end = self._section_ranges.get(name, (0, 0))
@@ -287,13 +340,12 @@ def read_stream(blob: bytes | bytearray | memoryview) -> Iterator[Packet]:
         view = view[packet.size :]
 
 
-def prefix(packets: Iterable[Packet], spec: ModelSpec, device: torch.device | str = "cpu") -> Prefix:
+def prefix(packets: Iterable[Packet], spec: ModelSpec) -> Prefix:
     """One context's packets as something to place; each is taken only when its layers are needed.
 
     Args:
         packets: all parts of one cache, in order.
         spec: the receiver's; must be the model that made them.
-        device: where to decode.
 
     Raises:
         PacketError: another model's, or parts that do not belong together; those after the first when they come.
@@ -303,7 +355,7 @@ def prefix(packets: Iterable[Packet], spec: ModelSpec, device: torch.device | st
     if first is None:
         raise PacketError("part", "there is no packet")
 
-    def layers() -> Iterator[LayerCache]:
+    def layers() -> Iterator[PackedLayer]:
         packet: Packet | None = first
         covered = 0
         for number in range(1, first.manifest.part[1] + 1):
@@ -311,7 +363,7 @@ def prefix(packets: Iterable[Packet], spec: ModelSpec, device: torch.device | st
                 raise PacketError("part", f"{number} of {first.manifest.part[1]} is missing")
             packet.check_model(spec)
             _check_part(packet, first, number, covered, len(spec.layers))
-            yield from packet.layers(spec.dtype, device)
+            yield from packet.layers()
             covered = packet.manifest.covers[1]
             packet = next(stream, None)
         if packet is not None:
@@ -327,7 +379,8 @@ def prefix(packets: Iterable[Packet], spec: ModelSpec, device: torch.device | st
 def to_cache(packets: Iterable[Packet], spec: ModelSpec) -> KVCache:
     """Decode everything into a cache of one sequence."""
     made = prefix(packets, spec)
-    return KVCache(tuple(made.layers), (made.length,), made.rotated)
+    layers = tuple(layer.to_cache(spec.dtype) for layer in made.layers)
+    return KVCache(layers, (made.length,), made.rotated)
 
 
 def _check_part(packet: Packet, first: Packet, number: int, covered: int, layers: int) -> None:
@@ -368,7 +421,7 @@ def _manifest(
     return {
         "v": VERSION,
         "payload": "cache",
-        "model": list(asdict(spec.fingerprint).values()),
+        "model": ":".join(asdict(spec.fingerprint).values()),
         "start": start,
         "end": cache.length[0],
         "longest": longest,
@@ -378,7 +431,7 @@ def _manifest(
         "part": list(part),
         "covers": [layout.begin, layout.begin + len(layout.layers), len(spec.layers)],
         "shapes": shapes,
-        "layers": [[len(list(same)), shapes.index(row)] for row, same in groupby(rows)],
+        "layers": [figure for row, same in groupby(rows) for figure in (len(list(same)), shapes.index(row))],
         "sums": [sums.get(name, _NO_SUM) for name in layout.section_sizes()],
     }
 
@@ -458,14 +511,6 @@ def _mask(positions: Tensor, layer: LayerLayout) -> Tensor:
     bits = np.zeros(layer.mask_bytes * 8, dtype=np.uint8)
     bits[(positions - layer.first).numpy()] = 1
     return torch.from_numpy(np.packbits(bits, bitorder="little"))
-
-
-def _decoded(layer: LayerLayout, name: str, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    shape = (layer.kv_heads, layer.kept, layer.head_dim)
-    out = torch.empty((1, *shape), dtype=dtype, device=codes.device)
-    if layer.kept:
-        codec(name).decode(codes.view(layer.kv_heads, layer.kept, -1), scales, out[0])
-    return out
 
 
 def _header_end(view: memoryview) -> int:

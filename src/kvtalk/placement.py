@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,19 +27,37 @@ from kvtalk.spec import LayerSpec, ModelSpec
 _GROWTH = 256
 
 
+class LayerSource(Protocol):
+    """Keys and values of one layer of one sequence, wherever they lie: in tensors, or still packed."""
+
+    @property
+    def positions(self) -> Tensor:
+        """``[1, tokens]`` int64 on the CPU."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """KV heads and head_dim."""
+
+    def keys_into(self, out: Tensor) -> None:
+        """Write the keys to ``out``, ``[1, kv_heads, tokens, head_dim]``."""
+
+    def values_into(self, out: Tensor) -> None:
+        """Write the values to ``out``, of the same shape."""
+
+
 @dataclass(frozen=True, eq=False)
 class Prefix:
     """One sequence's cache on its way to be placed, layer by layer so that it never has to exist twice.
 
     Attributes:
-        layers: every layer of the model in order, batch 1; consumed once.
+        layers: every layer of the model in order; consumed once.
         start: position of the first token of the context at the sharer.
         length: the position after its last token.
         longest: the most tokens that any layer holds.
         rotated: whether the keys carry their rotary embedding.
     """
 
-    layers: Iterable[LayerCache]
+    layers: Iterable[LayerSource]
     start: int
     length: int
     longest: int
@@ -289,9 +307,13 @@ def attending(model: PreTrainedModel) -> Iterator[None]:
 class _Part:
     """A run of tokens to copy, and how far to turn its keys (``[1, tokens]`` or None)."""
 
-    source: LayerCache
+    source: LayerSource
     positions: Tensor
     turn: Tensor | None
+
+    @property
+    def tokens(self) -> int:
+        return self.positions.shape[1]
 
 
 def _row_parts(
@@ -300,7 +322,7 @@ def _row_parts(
     head: KVCache | None,
     row: int,
     prefixes: Sequence[Prefix],
-    streams: Sequence[Iterator[LayerCache]],
+    streams: Sequence[Iterator[LayerSource]],
     gaps: bool,
 ) -> list[_Part]:
     parts = [] if own is None else [_Part(own, own.positions, None)]
@@ -313,7 +335,7 @@ def _row_parts(
         if gaps:
             positions = layer.positions - prefix.start + begin
         else:
-            positions = torch.arange(end - layer.tokens, end)[None]
+            positions = torch.arange(end - layer.positions.shape[1], end)[None]
         turn = positions - layer.positions if prefix.rotated else positions
         parts.append(_Part(layer, positions, turn if bool(turn.any()) else None))
         begin = end
@@ -328,7 +350,7 @@ def _fill(
     dtype: torch.dtype,
     table: AngleTable,
 ) -> tuple[PlacedLayer, Tensor]:
-    used = max((sum(part.source.tokens for part in row) for row in rows), default=0)
+    used = max((sum(part.tokens for part in row) for row in rows), default=0)
     full = (len(rows), shape.kv_heads, used + room, shape.head_dim)
     keys = torch.empty(full, dtype=dtype, device=table.device)
     values = torch.empty(full, dtype=dtype, device=table.device)
@@ -336,19 +358,17 @@ def _fill(
     for row, parts in enumerate(rows):
         column = 0
         for part in parts:
-            source = part.source
-            if source.keys.shape[:2] != (1, shape.kv_heads) or source.keys.shape[3] != shape.head_dim:
+            if part.source.shape != (shape.kv_heads, shape.head_dim):
                 raise CacheError(
-                    f"layer {index} has shape {list(source.keys.shape)}, the receiver needs "
-                    f"[1, {shape.kv_heads}, tokens, {shape.head_dim}]: an adapter is needed between these models"
+                    f"layer {index} has {part.source.shape[0]} KV heads of {part.source.shape[1]}, the receiver "
+                    f"{shape.kv_heads} of {shape.head_dim}: an adapter is needed between these models"
                 )
-            stop = column + source.tokens
+            stop = column + part.tokens
             target = keys[row : row + 1, :, column:stop]
-            if part.turn is None or shape.rope is None:
-                target.copy_(source.keys)
-            else:
-                rotate(source.keys.to(table.device), table.angles(shape.rope, part.turn), out=target)
-            values[row : row + 1, :, column:stop] = source.values
+            part.source.keys_into(target)
+            if part.turn is not None and shape.rope is not None:
+                rotate(target, table.angles(shape.rope, part.turn), out=target)
+            part.source.values_into(values[row : row + 1, :, column:stop])
             positions[row, column:stop] = part.positions[0]
             column = stop
         # Padding is masked, but a masked NaN left over in memory would still spoil the weighted sum.

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_CHUNK_VALUES = 1 << 17
+
 
 @dataclass(frozen=True)
 class Rope:
@@ -62,21 +64,24 @@ def rotate(keys: Tensor, angles: Angles, out: Tensor | None = None) -> Tensor:
 
     Args:
         keys: ``[batch, kv_heads, tokens, head_dim]``, any floating type.
-        angles: as made by :meth:`Rope.angles` for the same batch and tokens.
-        out: where to write the result, of the same shape; may not share memory with ``keys``.
+        angles: as made by :meth:`Rope.angles` for the same batch and tokens, or for one token for all.
+        out: where to write the result, of the same shape; may be ``keys`` itself.
 
     Returns:
         the rotated keys in the type of ``out`` (by default that of ``keys``), computed in float32.
     """
-    half = angles.cos.shape[-1]
-    if out is None:
-        out = torch.empty_like(keys)
-    first = keys[..., :half].to(torch.float32)
-    second = keys[..., half : 2 * half].to(torch.float32)
-    out[..., :half] = torch.addcmul(first * angles.cos, second, angles.sin, value=-1)
-    out[..., half : 2 * half] = torch.addcmul(second * angles.cos, first, angles.sin)
+    half, tokens = angles.cos.shape[-1], keys.shape[2]
+    out = torch.empty_like(keys) if out is None else out
     if 2 * half < keys.shape[-1]:
         out[..., 2 * half :] = keys[..., 2 * half :]
+    step = max(1, _CHUNK_VALUES // (keys.shape[0] * keys.shape[1] * keys.shape[3]))
+    for start in range(0, tokens, step):
+        part = slice(start, start + step)
+        cos, sin = (x if x.shape[2] == 1 else x[:, :, part] for x in (angles.cos, angles.sin))
+        first = keys[:, :, part, :half].to(torch.float32)
+        second = keys[:, :, part, half : 2 * half].to(torch.float32)
+        turned = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)
+        out[:, :, part, :half], out[:, :, part, half : 2 * half] = turned
     return out
 
 

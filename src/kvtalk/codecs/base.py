@@ -8,7 +8,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-_CHUNK_VALUES = 1 << 18
+from kvtalk.errors import CodecError
+
+_CHUNK_VALUES = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -24,9 +26,15 @@ class Blocks:
     channels: int
 
     def across(self, tokens: int, head_dim: int) -> tuple[int, int]:
-        """Blocks along tokens and along channels; the last block of tokens may be smaller."""
-        size = self.tokens or max(tokens, 1)
-        return -(-tokens // size), head_dim // (self.channels or head_dim)
+        """Blocks along tokens and along channels; the last block of tokens may be smaller.
+
+        Raises:
+            CodecError: the channels of a block do not divide the head.
+        """
+        size, channels = self.tokens or max(tokens, 1), self.channels or head_dim
+        if head_dim % channels:
+            raise CodecError(f"blocks of {channels} channels do not divide a head of {head_dim}")
+        return -(-tokens // size), head_dim // channels
 
     def __str__(self) -> str:
         return f"{self.tokens or '*'}x{self.channels or '*'}"

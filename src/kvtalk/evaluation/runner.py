@@ -240,7 +240,9 @@ def _answer_nll(
 def _zeroed(prefix: Prefix) -> Prefix:
     def layers() -> Iterator[LayerCache]:
         for layer in prefix.layers:
-            yield LayerCache(torch.zeros_like(layer.keys), torch.zeros_like(layer.values), layer.positions)
+            kv_heads, head_dim = layer.shape
+            nothing = torch.zeros(1, kv_heads, layer.positions.shape[1], head_dim)
+            yield LayerCache(nothing, nothing, layer.positions)
 
     return replace(prefix, layers=layers())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import tempfile
 from collections.abc import Iterator
@@ -43,21 +44,30 @@ def saving(path: Path | str) -> Iterator[BinaryIO]:
 
 
 def load(path: Path | str, max_bytes: int = MAX_BYTES) -> memoryview:
-    """A file's bytes.
+    """A file's bytes, memory-mapped: a packet is decoded without ever lying in memory as a whole.
 
     Raises:
         InputError: no such file, or larger than ``max_bytes``.
     """
     try:
         with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size > max_bytes:
-                raise InputError(f"{path} has {size:,} bytes, at most {max_bytes:,} are read")
-            content = bytearray(size)
-            got = file.readinto(content)
-            return memoryview(content)[:got]
+            return mapped(file, str(path), max_bytes)
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def mapped(file: BinaryIO, name: str, max_bytes: int = MAX_BYTES) -> memoryview:
+    """An open file's bytes, memory-mapped; the mapping outlives the file object.
+
+    Raises:
+        InputError: larger than ``max_bytes``.
+    """
+    size = os.fstat(file.fileno()).st_size
+    if size > max_bytes:
+        raise InputError(f"{name} has {size:,} bytes, at most {max_bytes:,} are read")
+    if size == 0:
+        return memoryview(b"")
+    return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
 
 
 def _umask() -> int:

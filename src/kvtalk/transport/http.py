@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import tempfile
 import urllib.error
 import urllib.request
 
 from kvtalk.errors import InputError
-from kvtalk.transport.file import MAX_BYTES
+from kvtalk.transport.file import MAX_BYTES, mapped
 
 _CHUNK = 1 << 20
 
 
 def fetch(url: str, max_bytes: int = MAX_BYTES, timeout: float = 30.0) -> memoryview:
-    """GET a packet.
+    """GET a packet into a memory-mapped temporary file.
 
     Args:
         url: ``http://`` or ``https://``.
@@ -26,11 +27,13 @@ def fetch(url: str, max_bytes: int = MAX_BYTES, timeout: float = 30.0) -> memory
         raise InputError(f"{url}: only http:// and https:// addresses are fetched")
     try:
         with urllib.request.urlopen(url, timeout=timeout) as response:
-            content = bytearray()
-            while chunk := response.read(_CHUNK):
-                content += chunk
-                if len(content) > max_bytes:
-                    raise InputError(f"{url}: more than {max_bytes:,} bytes")
-            return memoryview(content)
+            declared = response.headers.get("Content-Length", "")
+            if not declared.isdecimal() or int(declared) > max_bytes:
+                raise InputError(f"{url}: declares {declared or 'no'} bytes, at most {max_bytes:,} are fetched")
+            with tempfile.TemporaryFile() as spool:
+                while spool.tell() <= int(declared) and (chunk := response.read(_CHUNK)):
+                    spool.write(chunk)
+                spool.flush()
+                return mapped(spool, url, max_bytes)
     except (urllib.error.URLError, OSError, ValueError) as error:
         raise InputError(f"cannot fetch {url}: {getattr(error, 'reason', error)}") from error

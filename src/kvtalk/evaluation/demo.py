@@ -1,0 +1,107 @@
+"""The main job shown on invented passages: both bundled models, several budgets, every control."""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from kvtalk.evaluation.arms import parse_arms
+from kvtalk.evaluation.items import Item, samples, unrelated_text
+from kvtalk.evaluation.picture import draw
+from kvtalk.evaluation.runner import Arm, run
+from kvtalk.link import Answer, Link
+
+MODELS = ("smollm2-135m", "gemma3-270m")
+ARMS = ("none", "text", "wrong", "bf16", "budget=50%", "budget=25%", "budget=10%", "budget=5%")
+TIMED_QUESTIONS = 3
+TITLES = {"none": "no context", "text": "context as text", "wrong": "another text's cache", "bf16": "cache, bf16"}
+
+
+def run_demo(console: Console, out: Path, questions: int) -> None:
+    """Ask, print one table, draw one picture.
+
+    Args:
+        console: where to print.
+        out: folder for ``table.md``, ``picture.png`` and one run folder per model; earlier ones are replaced.
+        questions: how many of the samples to ask, spread over all passages.
+    """
+    every = samples()
+    items = [every[index * len(every) // questions] for index in range(questions)]
+    arms = parse_arms(ARMS)
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for name in MODELS:
+        console.print(f"[bold]{name}[/]: {len(items)} questions about invented passages, {len(arms)} ways to answer")
+        link = Link(name, name)
+        link.warm_up()
+        shutil.rmtree(out / name, ignore_errors=True)
+        rows[name] = run(link, items, arms, out / name)["arms"]
+        for row, arm in zip(rows[name], arms, strict=True):
+            row["first_token_ms"] = statistics.median(
+                _first_token_ms(link, item, arm) for item in items[:TIMED_QUESTIONS]
+            )
+        _show_one(console, link, items[0], arms)
+    console.print(_table(rows))
+    (out / "table.md").write_text(_markdown(rows, questions), "utf-8")
+    draw(rows, out / "picture.png", f"Same model, {questions} questions about invented passages")
+    console.print(f"table: {out / 'table.md'}, picture: {out / 'picture.png'}, every answer: {out}/*/items.jsonl.gz")
+
+
+def _ask(link: Link, item: Item, arm: Arm) -> Answer:
+    if arm.kind in ("none", "text"):
+        return link.receiver.answer_text(item.context if arm.kind == "text" else None, item.question)
+    context = unrelated_text(item.context) if arm.kind == "wrong" else item.context
+    return link.ask(context, item.question, budget=arm.budget, plan=arm.plan)
+
+
+def _first_token_ms(link: Link, item: Item, arm: Arm) -> float:
+    cost = _ask(link, item, arm).cost
+    return 1000 * (cost.decode_and_place + cost.first_token)
+
+
+def _show_one(console: Console, link: Link, item: Item, arms: Sequence[Arm]) -> None:
+    console.print(f"[dim]{item.context}[/]\n[bold]{item.question}[/] (right: {item.answers[0]})")
+    for arm in arms:
+        made = _ask(link, item, arm)
+        console.print(f"  {_title(arm.name):22} {made.cost.bytes:>10,} bytes  {made.text}", highlight=False)
+
+
+def _title(name: str) -> str:
+    return TITLES.get(name, name.replace("budget=", "cache, budget "))
+
+
+def _table(rows: dict[str, list[dict[str, Any]]]) -> Table:
+    table = Table("model", "receiver gets", "right answers", "bytes", "bits/value", "first token", title="Same model, prefix placement")
+    for name, group in rows.items():
+        for row in group:
+            table.add_row(name, *_cells(row))
+        table.add_section()
+    return table
+
+
+def _markdown(rows: dict[str, list[dict[str, Any]]], questions: int) -> str:
+    lines = [
+        f"Made by `kvtalk demo --questions {questions}`. Right: an accepted answer stands in what the model wrote; 95% intervals.",
+        "",
+        "| model | receiver gets | right answers | bytes | bits/value | first token |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    lines += ["| " + " | ".join([name, *_cells(row)]) + " |" for name, group in rows.items() for row in group]
+    return "\n".join(lines) + "\n"
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    right, low, high = row["contains"]
+    bits = f"{row['bits_per_value']:.2f}" if row["bits_per_value"] else ""
+    return [
+        _title(row["arm"]),
+        f"{right:.0f}% [{low:.0f}, {high:.0f}]",
+        f"{row['bytes']:,}",
+        bits,
+        f"{row['first_token_ms']:.0f} ms",
+    ]
