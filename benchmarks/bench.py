@@ -122,7 +122,11 @@ def measure_memory(name: str, tokens: int) -> dict[str, float]:
             placed = receiver.lm.place([[receiver.prefix(file.load(path))]], room=0)
         decode = memory.added
     del placed
-    return {"encode_int4": encode / full, "encode_bf16_to_file": encode_bf16 / full, "decode_int4": decode / full}
+    return {
+        "encode_int4": encode / full,
+        "encode_bf16_to_file": encode_bf16 / full,
+        "decode_int4": decode / full,
+    }
 
 
 def main() -> None:
@@ -161,7 +165,9 @@ def main() -> None:
                 memory = subprocess.run(
                     [sys.executable, __file__, "--model", chosen.model, "--memory-of", str(tokens)],
                     env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},  # large blocks go back when freed
-                    check=True, capture_output=True, text=True,
+                    check=True,
+                    capture_output=True,
+                    text=True,
                 ).stdout.splitlines()[-1]
                 rows.append(
                     {
@@ -185,8 +191,13 @@ def main() -> None:
             server.terminate()
     if chosen.out:
         about = {
-            "command": "python " + " ".join(sys.argv), "model": chosen.model, "dtype": str(lm.spec.dtype),
-            "plan": str(PLAN), "threads": torch.get_num_threads(), "device": str(lm.device), "repeat": chosen.repeat,
+            "command": "python " + " ".join(sys.argv),
+            "model": chosen.model,
+            "dtype": str(lm.spec.dtype),
+            "plan": str(PLAN),
+            "threads": torch.get_num_threads(),
+            "device": str(lm.device),
+            "repeat": chosen.repeat,
             "versions": {"kvtalk": __version__, "torch": torch.__version__},
         }
         chosen.out.parent.mkdir(parents=True, exist_ok=True)
@@ -202,7 +213,8 @@ def serve(folder: str) -> tuple[subprocess.Popen[bytes], str]:
         port = probe.getsockname()[1]
     server = subprocess.Popen(
         [sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1", "--directory", folder],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     for _ in range(100):
         with socket.socket() as probe:

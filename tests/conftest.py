@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -75,7 +75,7 @@ def tiny_config(name: str) -> transformers.PretrainedConfig:
     return ARCHITECTURES[name]()
 
 
-@lru_cache(maxsize=None)
+@cache
 def tiny_lm(name: str = "llama", seed: int = 0) -> LM:
     """A random model with weights large enough that attention is far from uniform, float32."""
     torch.manual_seed(seed)
@@ -90,9 +90,7 @@ def tiny_lm(name: str = "llama", seed: int = 0) -> LM:
 def bare_spec(layers: int = 2, kv_heads: int = 2, head_dim: int = 16, window: int | None = None) -> ModelSpec:
     """A geometry without a model, for tests of formats."""
     rope = Rope(tuple(10000.0 ** (-index / (head_dim // 2)) for index in range(head_dim // 2)))
-    shapes = tuple(
-        LayerSpec(kv_heads, head_dim, window if index % 2 == 0 else None, rope) for index in range(layers)
-    )
+    shapes = tuple(LayerSpec(kv_heads, head_dim, window if index % 2 == 0 else None, rope) for index in range(layers))
     digests = (f"{value:016x}" for value in (layers, kv_heads, head_dim, 7))
     return ModelSpec(shapes, torch.float32, 1 << 20, Fingerprint("bare", *digests), None)
 
@@ -117,7 +115,17 @@ def shared_data() -> Path:
     return folder
 
 
-@lru_cache(maxsize=None)
+@cache
 def bundled_lm(name: str) -> LM:
     """A real model in float32."""
     return LM.load(name, dtype=torch.float32, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model and its tokenizer saved as users save theirs."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    lm = tiny_lm("gemma3")
+    lm.model.save_pretrained(folder)
+    lm.tokenizer.save_pretrained(folder)
+    return folder

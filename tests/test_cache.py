@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, WINDOW, bare_spec, random_cache, tiny_lm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
+from conftest import ARCHITECTURES, WINDOW, bare_spec, random_cache, tiny_lm
 from kvtalk.cache import PADDING, KVCache
 from kvtalk.errors import CacheError
 from kvtalk.rope import AngleTable, Rope, rotate

@@ -7,9 +7,9 @@ from io import BytesIO
 
 import pytest
 import torch
-from conftest import ARCHITECTURES, WINDOW, tiny_config, tiny_lm
 from transformers import AutoModelForCausalLM
 
+from conftest import ARCHITECTURES, WINDOW, tiny_config, tiny_lm
 from kvtalk import packet as wire
 from kvtalk.cache import KVCache
 from kvtalk.models import LM
@@ -72,9 +72,9 @@ def test_bf16_packet_equals_native_generation_from_the_same_cache(arch: str) -> 
     native = cache.to_transformers(lm.spec)
     ids = torch.tensor([context + prompt])
     with torch.no_grad():
-        expected = lm.model.generate(
-            ids, past_key_values=native, max_new_tokens=24, do_sample=False, pad_token_id=0
-        )[0, ids.shape[1] :]
+        expected = lm.model.generate(ids, past_key_values=native, max_new_tokens=24, do_sample=False, pad_token_id=0)[
+            0, ids.shape[1] :
+        ]
     placed = lm.place([[through_packet(lm, cache, Plan("bf16", "bf16"))]], head=False)
     assert lm.generate([prompt], placed, max_new_tokens=24)[0].ids == tuple(expected.tolist())
 
@@ -153,12 +153,15 @@ def test_stream_of_packets_equals_one_packet(arch: str, parts: int) -> None:
     lm = tiny_lm(arch)
     cache = lm.prefill([lm.encode(TEXT)])
     plan = Plan("int8:channel", "int8:token", "before", "value_norm", 0.5)
-    whole = [layer.to_cache(torch.float32) for layer in through_packet(lm, cache, plan).layers]
-    stream = [layer.to_cache(torch.float32) for layer in through_packet(lm, cache, plan, parts=parts).layers]
+    whole, stream = (through_packet(lm, cache, plan, parts=count).layers for count in (1, parts))
     for one, other in zip(whole, stream, strict=True):
         assert torch.equal(one.positions, other.positions)
-        assert torch.equal(one.keys, other.keys)
-        assert torch.equal(one.values, other.values)
+        for side in ("keys_into", "values_into"):
+            kv_heads, head_dim = one.shape
+            decoded = [torch.empty(1, kv_heads, one.positions.shape[1], head_dim) for _ in range(2)]
+            getattr(one, side)(decoded[0])
+            getattr(other, side)(decoded[1])
+            assert torch.equal(*decoded)
 
 
 @each_architecture

@@ -10,11 +10,11 @@ import pytest
 import safetensors
 import torch
 import xxhash
-from conftest import bare_spec, random_cache
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load as safetensors_load
 
+from conftest import bare_spec, random_cache
 from kvtalk import packet as wire
 from kvtalk.cache import KVCache
 from kvtalk.codecs import CODECS
@@ -50,8 +50,12 @@ def read_all(blob: bytes, spec: ModelSpec = SPEC) -> KVCache:
 
 plans = st.builds(
     Plan,
-    keys=st.sampled_from([*CODECS, *(f"{name}:{block}" for name in ("int8", "int4", "int2", "nf4") for block in BLOCKS)]),
-    values=st.sampled_from([*CODECS, *(f"{name}:{block}" for name in ("int8", "int4", "int2", "nf4") for block in BLOCKS)]),
+    keys=st.sampled_from(
+        [*CODECS, *(f"{name}:{block}" for name in ("int8", "int4", "int2", "nf4") for block in BLOCKS)]
+    ),
+    values=st.sampled_from(
+        [*CODECS, *(f"{name}:{block}" for name in ("int8", "int4", "int2", "nf4") for block in BLOCKS)]
+    ),
     rope=st.sampled_from(["before", "after"]),
     tokens=st.sampled_from(list(TOKEN_POLICIES)),
     keep=st.one_of(st.floats(0.01, 1.0), st.integers(1, 80)),
@@ -72,7 +76,14 @@ plans = st.builds(
     parts=st.integers(1, 2),
 )
 def test_predicted_size_is_the_size(
-    plan: Plan, layers: int, kv_heads: int, head_dim: int, window: int | None, tokens: int, start: int, parts: int
+    plan: Plan,
+    layers: int,
+    kv_heads: int,
+    head_dim: int,
+    window: int | None,
+    tokens: int,
+    start: int,
+    parts: int,
 ) -> None:
     if plan.layers in ("first:1", "last:1", "every:2", "0") and layers == 1:
         plan = replace(plan, layers="all")
@@ -108,7 +119,9 @@ def test_bf16_packet_is_exact_for_bf16_values() -> None:
         assert torch.equal(one.values, other.values.float())
 
 
-@pytest.mark.parametrize("plan", [Plan(), Plan("int4:channel", "nf4", "before", "key_norm", 0.5), Plan(layers="every:2")])
+@pytest.mark.parametrize(
+    "plan", [Plan(), Plan("int4:channel", "nf4", "before", "key_norm", 0.5), Plan(layers="every:2")]
+)
 def test_overhead_is_under_one_kilobyte(plan: Plan) -> None:
     for spec, tokens in ((bare_spec(30, 3, 64), 4096), (bare_spec(18, 1, 256, window=512), 4096)):
         layout = plan.layout(random_cache(spec, tokens, 99).extents, spec)
@@ -264,7 +277,9 @@ def test_random_bytes_never_raise_anything_else(blob: bytes) -> None:
 @settings(max_examples=300, deadline=None)
 @given(
     st.dictionaries(
-        st.sampled_from(["v", "start", "end", "codecs", "shapes", "layers", "covers", "part", "model", "sums", "masks"]),
+        st.sampled_from(
+            ["v", "start", "end", "codecs", "shapes", "layers", "covers", "part", "model", "sums", "masks"]
+        ),
         st.recursive(
             st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
             lambda inner: st.lists(inner, max_size=4),

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import bare_spec, random_cache
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import bare_spec, random_cache
 from kvtalk import packet as wire
 from kvtalk.cache import KVCache
 from kvtalk.errors import BudgetError, CodecError, KVTalkError, SelectionError
@@ -74,7 +74,9 @@ def test_layer_policies(policy: str, expected: list[int]) -> None:
     assert select_layers(policy, 6) == expected
 
 
-@pytest.mark.parametrize("policy", ["", "none", "first", "first:0", "first:x", "3-1", "6", "0,9", "-1", "all:2", "first:0%"])
+@pytest.mark.parametrize(
+    "policy", ["", "none", "first", "first:0", "first:x", "3-1", "6", "0,9", "-1", "all:2", "first:0%"]
+)
 def test_bad_layer_policies_say_how_to_write_them(policy: str) -> None:
     with pytest.raises(SelectionError):
         select_layers(policy, 6)
@@ -151,7 +153,13 @@ def test_a_base_plan_keeps_its_policies_under_a_budget() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["bf16", "int4:64x1/int4:1x* before", "fp16 value_norm@50%", "nf4:1x* back@12 layers=0,3-5", "int8:1x*/bf16 layers=every:2"],
+    [
+        "bf16",
+        "int4:64x1/int4:1x* before",
+        "fp16 value_norm@50%",
+        "nf4:1x* back@12 layers=0,3-5",
+        "int8:1x*/bf16 layers=every:2",
+    ],
 )
 def test_plans_read_what_they_write(text: str) -> None:
     assert str(Plan.parse(text)) == text
@@ -162,7 +170,9 @@ def test_aliases_in_plans() -> None:
     assert Plan.parse("int4:channel/int4:token before") == Plan("int4:64x1", "int4:1x*", "before")
 
 
-@pytest.mark.parametrize("text", ["", "zip", "bf16 sideways", "bf16 magic@50%", "bf16 back@0%", "bf16 back@x", "bf16 back@1.5"])
+@pytest.mark.parametrize(
+    "text", ["", "zip", "bf16 sideways", "bf16 magic@50%", "bf16 back@0%", "bf16 back@x", "bf16 back@1.5"]
+)
 def test_bad_plans_are_refused(text: str) -> None:
     with pytest.raises(KVTalkError):
         Plan.parse(text)

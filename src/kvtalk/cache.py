@@ -66,9 +66,7 @@ class LayerCache:
 
     def span(self, start: int, stop: int) -> LayerCache:
         """Columns ``start`` to ``stop`` without copying."""
-        return LayerCache(
-            self.keys[:, :, start:stop], self.values[:, :, start:stop], self.positions[:, start:stop]
-        )
+        return LayerCache(self.keys[:, :, start:stop], self.values[:, :, start:stop], self.positions[:, start:stop])
 
 
 @dataclass(frozen=True)
@@ -248,8 +246,7 @@ class KVCache:
         return replace(
             self,
             layers=tuple(
-                layer if kept is None else layer.take(kept)
-                for layer, kept in zip(self.layers, indices, strict=True)
+                layer if kept is None else layer.take(kept) for layer, kept in zip(self.layers, indices, strict=True)
             ),
         )
 
@@ -258,9 +255,7 @@ class KVCache:
         wanted = set(layers)
         return replace(
             self,
-            layers=tuple(
-                layer if index in wanted else layer.span(0, 0) for index, layer in enumerate(self.layers)
-            ),
+            layers=tuple(layer if index in wanted else layer.span(0, 0) for index, layer in enumerate(self.layers)),
         )
 
     def unrotated(self, spec: ModelSpec) -> KVCache:

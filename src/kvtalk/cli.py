@@ -19,7 +19,6 @@ from kvtalk.errors import InputError, KVTalkError
 
 if TYPE_CHECKING:
     from kvtalk.link import Answer, Link, Receiver, Sharer
-    from kvtalk.models import LM
     from kvtalk.planning import Plan
 
 DEFAULT_MODEL = "gemma3-270m"
@@ -36,7 +35,9 @@ app.add_typer(models_app, name="models")
 out = Console()
 err = Console(stderr=True)
 
-ContextOption = Annotated[str, typer.Option("--context", "-c", help="File with the text to read, - for standard input.")]
+ContextOption = Annotated[
+    str, typer.Option("--context", "-c", help="File with the text to read, - for standard input.")
+]
 QuestionOption = Annotated[str, typer.Option("--question", "-q", help="What the receiver is asked.")]
 BudgetOption = Annotated[
     str | None,
@@ -77,7 +78,8 @@ def ask(
     temperature: TemperatureOption = 0.0,
     seed: SeedOption = 0,
     compare: Annotated[
-        bool, typer.Option(help="Also ask without the context, with it as text, and with another text's cache.")
+        bool,
+        typer.Option(help="Also ask without the context, with it as text, and with another text's cache."),
     ] = True,
     as_json: JsonOption = False,
 ) -> None:
@@ -198,7 +200,11 @@ def evaluate(
     out_dir: Annotated[Path, typer.Option("--out", "-o", help="Folder for the results; a stopped run goes on there.")],
     data: Annotated[
         Path | None,
-        typer.Option("--data", "-d", help="JSON lines with id, context, question, answers; by default our own passages."),
+        typer.Option(
+            "--data",
+            "-d",
+            help="JSON lines with id, context, question, answers; by default our own passages.",
+        ),
     ] = None,
     sharer: SharerOption = DEFAULT_MODEL,
     receiver: ReceiverOption = None,
@@ -206,7 +212,9 @@ def evaluate(
         list[str] | None,
         typer.Option("--arm", help="none, text, wrong, zeroed, budget=SIZE, or a plan; repeat for several."),
     ] = None,
-    arms_file: Annotated[Path | None, typer.Option("--arms-file", help="The same, one a line; # starts a comment.")] = None,
+    arms_file: Annotated[
+        Path | None, typer.Option("--arms-file", help="The same, one a line; # starts a comment.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first items.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Items at a time.")] = 16,
     max_new_tokens: TokensOption = 24,

@@ -211,9 +211,7 @@ class Receiver:
             prompt = self.prompt(question)
             placed = self.lm.place([[received]], room=len(prompt) + max_new_tokens, gaps=gaps)
         decode_and_place = placing()
-        made = self.lm.generate(
-            [prompt], placed, max_new_tokens=max_new_tokens, streamer=streamer, **options
-        )[0]
+        made = self.lm.generate([prompt], placed, max_new_tokens=max_new_tokens, streamer=streamer, **options)[0]
         tokens = received.length - received.start
         cost = Cost(
             len(blob),

@@ -86,10 +86,10 @@ def from_folder(
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{name}: no tokenizer could be loaded ({_first_line(error)})") from error
+    if not _reads(tokenizer):
+        raise ModelError(f"{name}: no tokenizer could be loaded (its files are missing: save it beside the model)")
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, attn_implementation="sdpa", **options
-        )
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation="sdpa", **options)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise ModelError(f"{name}: the model could not be loaded ({_first_line(error)})") from error
     return model, tokenizer
@@ -99,6 +99,12 @@ def bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The BOS that the tokenizer itself puts before a text, if it does."""
     first = list(tokenizer("a").input_ids)[:1]
     return first if first and first[0] == tokenizer.bos_token_id else []
+
+
+def _reads(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether it knows letters; without its files `transformers` makes an empty one and says nothing."""
+    ids = tokenizer("kv", add_special_tokens=False).input_ids
+    return "kv" in str(tokenizer.decode(ids))
 
 
 def _first_line(error: Exception) -> str:

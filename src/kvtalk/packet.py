@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from io import BytesIO
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import Annotated, Any, BinaryIO, Literal
 
 import numpy as np
@@ -25,7 +25,7 @@ from kvtalk.cache import KVCache, LayerCache
 from kvtalk.codecs import codec
 from kvtalk.errors import CacheError, CodecError, PacketError
 from kvtalk.layout import SECTIONS, LayerLayout, Layout
-from kvtalk.placement import Prefix
+from kvtalk.placement import LayerSource, Prefix
 from kvtalk.planning import Plan
 from kvtalk.rope import AngleTable, rotate
 from kvtalk.spec import Fingerprint, ModelSpec
@@ -196,14 +196,6 @@ class PackedLayer:
     def values_into(self, out: Tensor) -> None:
         """Decode the values, likewise."""
         self._decode(self.layout.values, self.values, self.value_scales, out)
-
-    def to_cache(self, dtype: torch.dtype) -> LayerCache:
-        """Decoded tensors."""
-        size = (1, self.layout.kv_heads, self.layout.kept, self.layout.head_dim)
-        layer = LayerCache(torch.empty(size, dtype=dtype), torch.empty(size, dtype=dtype), self.positions)
-        self.keys_into(layer.keys)
-        self.values_into(layer.values)
-        return layer
 
     def _decode(self, name: str, codes: Tensor, scales: Tensor, out: Tensor) -> None:
         if self.layout.kept:
@@ -379,8 +371,17 @@ def prefix(packets: Iterable[Packet], spec: ModelSpec) -> Prefix:
 def to_cache(packets: Iterable[Packet], spec: ModelSpec) -> KVCache:
     """Decode everything into a cache of one sequence."""
     made = prefix(packets, spec)
-    layers = tuple(layer.to_cache(spec.dtype) for layer in made.layers)
+    layers = tuple(_decoded(layer, spec.dtype) for layer in made.layers)
     return KVCache(layers, (made.length,), made.rotated)
+
+
+def _decoded(layer: LayerSource, dtype: torch.dtype) -> LayerCache:
+    kv_heads, head_dim = layer.shape
+    size = (1, kv_heads, layer.positions.shape[1], head_dim)
+    made = LayerCache(torch.empty(size, dtype=dtype), torch.empty(size, dtype=dtype), layer.positions)
+    layer.keys_into(made.keys)
+    layer.values_into(made.values)
+    return made
 
 
 def _check_part(packet: Packet, first: Packet, number: int, covered: int, layers: int) -> None:
@@ -396,7 +397,7 @@ def _groups(layers: int, parts: int) -> list[tuple[int, int]]:
     if not 1 <= parts <= layers:
         raise CacheError(f"a cache of {layers} layers cannot be sent in {parts} parts")
     edges = [layers * number // parts for number in range(parts + 1)]
-    return list(zip(edges, edges[1:], strict=False))
+    return list(pairwise(edges))
 
 
 def _manifest(
@@ -476,7 +477,7 @@ def _write_sections(
     def put(name: str, data: Tensor) -> None:
         if not data.numel():
             return
-        view = memoryview(data.contiguous().cpu().reshape(-1).numpy())
+        view = memoryview(data.contiguous().cpu().reshape(-1).numpy())  # type: ignore[arg-type]
         target.seek(cursors[name])
         target.write(view)
         sums[name].update(view)
@@ -493,7 +494,10 @@ def _write_sections(
         shape = spec.layers[index]
         if unrotate and shape.rope is not None:
             keys = rotate(keys, table.angles(shape.rope, layer.positions).inverse())
-        for side, tensor, name in (("key", keys, layout_layer.keys), ("value", layer.values, layout_layer.values)):
+        for side, tensor, name in (
+            ("key", keys, layout_layer.keys),
+            ("value", layer.values, layout_layer.values),
+        ):
             try:
                 codes, scales = codec(name).encode(tensor[0])
             except CodecError as error:

@@ -90,9 +90,7 @@ class PlacedLayer(CacheLayerMixin):  # type: ignore[misc]
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do: a placed layer is born with its buffer."""
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append new tokens in place; grows the buffer when it is full."""
         stop = self.used + key_states.shape[2]
         if stop > self._keys.shape[2]:
@@ -144,7 +142,11 @@ class PlacedCache(Cache):  # type: ignore[misc]
     """
 
     def __init__(
-        self, layers: Sequence[PlacedLayer], positions: Sequence[Tensor], next_positions: Tensor, spec: ModelSpec
+        self,
+        layers: Sequence[PlacedLayer],
+        positions: Sequence[Tensor],
+        next_positions: Tensor,
+        spec: ModelSpec,
     ) -> None:
         super().__init__(layers=list(layers))
         self.next_positions = next_positions
@@ -157,7 +159,7 @@ class PlacedCache(Cache):  # type: ignore[misc]
     @property
     def columns(self) -> int:
         """Columns of the longest layer, padding included."""
-        return max(layer.used for layer in self.layers)
+        return max((int(layer.used) for layer in self.layers), default=0)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns of the longest layer: what `generate` counts as already read."""

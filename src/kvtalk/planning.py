@@ -222,7 +222,8 @@ def fit(
             break  # lower rungs only lose more
     if best is None:
         raise BudgetError(
-            f"a budget of {limit:,} bytes is too small: the smallest possible packet of this context takes {smallest:,} bytes"
+            f"a budget of {limit:,} bytes is too small: "
+            f"the smallest possible packet of this context takes {smallest:,} bytes"
         )
     return best[1]
 

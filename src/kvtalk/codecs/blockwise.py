@@ -24,7 +24,12 @@ class Blockwise(Codec):
 
     @abstractmethod
     def quantize(self, blocks: Tensor) -> tuple[Tensor, Tensor]:
-        """Scales fp16 ``[kv_heads, blocks, blocks_along_channels, scales_per_block]`` and codes uint8 of the blocks' shape."""
+        """Quantize blocks of float32.
+
+        Returns:
+            scales fp16, ``[kv_heads, blocks, blocks_along_channels, scales_per_block]``, and codes uint8 of the
+            blocks' shape.
+        """
 
     @abstractmethod
     def restore(self, codes: Tensor, scales: Tensor) -> Tensor:

@@ -20,7 +20,12 @@ from kvtalk.link import Answer, Link
 MODELS = ("smollm2-135m", "gemma3-270m")
 ARMS = ("none", "text", "wrong", "bf16", "budget=50%", "budget=25%", "budget=10%", "budget=5%")
 TIMED_QUESTIONS = 3
-TITLES = {"none": "no context", "text": "context as text", "wrong": "another text's cache", "bf16": "cache, bf16"}
+TITLES = {
+    "none": "no context",
+    "text": "context as text",
+    "wrong": "another text's cache",
+    "bf16": "cache, bf16",
+}
 
 
 def run_demo(console: Console, out: Path, questions: int) -> None:
@@ -76,7 +81,15 @@ def _title(name: str) -> str:
 
 
 def _table(rows: dict[str, list[dict[str, Any]]]) -> Table:
-    table = Table("model", "receiver gets", "right answers", "bytes", "bits/value", "first token", title="Same model, prefix placement")
+    table = Table(
+        "model",
+        "receiver gets",
+        "right answers",
+        "bytes",
+        "bits/value",
+        "first token",
+        title="Same model, prefix placement",
+    )
     for name, group in rows.items():
         for row in group:
             table.add_row(name, *_cells(row))
@@ -86,7 +99,8 @@ def _table(rows: dict[str, list[dict[str, Any]]]) -> Table:
 
 def _markdown(rows: dict[str, list[dict[str, Any]]], questions: int) -> str:
     lines = [
-        f"Made by `kvtalk demo --questions {questions}`. Right: an accepted answer stands in what the model wrote; 95% intervals.",
+        f"Made by `kvtalk demo --questions {questions}`. Right: an accepted answer stands in what the model wrote. "
+        "In brackets 95% intervals.",
         "",
         "| model | receiver gets | right answers | bytes | bits/value | first token |",
         "| --- | --- | --- | --- | --- | --- |",

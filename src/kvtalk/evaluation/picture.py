@@ -30,13 +30,24 @@ def draw(rows: dict[str, list[dict[str, Any]]], file: Path, title: str) -> None:
     for colour, (name, group) in zip(_COLOURS, rows.items(), strict=False):
         arms = {row["arm"]: row for row in group}
         caches = sorted(
-            (row for arm, row in arms.items() if arm not in ("none", "text", "wrong")), key=lambda row: row["bytes"]
+            (row for arm, row in arms.items() if arm not in ("none", "text", "wrong")),
+            key=lambda row: row["bytes"],
         )
         _points(axes, caches, colour, f"{name}: cache", "o-")
         _points(axes, [arms["text"]], colour, f"{name}: context as text", "*")
-        axes.axhline(arms["none"]["contains"][0], color=colour, linestyle=":", linewidth=1.2, label=f"{name}: no context")
         axes.axhline(
-            arms["wrong"]["contains"][0], color=colour, linestyle="--", linewidth=1.2, label=f"{name}: another text's cache"
+            arms["none"]["contains"][0],
+            color=colour,
+            linestyle=":",
+            linewidth=1.2,
+            label=f"{name}: no context",
+        )
+        axes.axhline(
+            arms["wrong"]["contains"][0],
+            color=colour,
+            linestyle="--",
+            linewidth=1.2,
+            label=f"{name}: another text's cache",
         )
     axes.set_xscale("log")
     axes.set_xlabel("bytes that cross, per context")
@@ -54,6 +65,14 @@ def _points(axes: Any, rows: list[dict[str, Any]], colour: str, label: str, styl
     below = [row["contains"][0] - row["contains"][1] for row in rows]
     above = [row["contains"][2] - row["contains"][0] for row in rows]
     axes.errorbar(
-        [row["bytes"] for row in rows], means, [below, above], fmt=style, color=colour, label=label, capsize=3,
-        markersize=12 if style == "*" else 5, linewidth=1.5, elinewidth=0.8,
+        [row["bytes"] for row in rows],
+        means,
+        [below, above],
+        fmt=style,
+        color=colour,
+        label=label,
+        capsize=3,
+        markersize=12 if style == "*" else 5,
+        linewidth=1.5,
+        elinewidth=0.8,
     )

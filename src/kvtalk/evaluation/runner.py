@@ -18,7 +18,14 @@ from typing import Any, Literal
 
 import torch
 import transformers
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 import kvtalk
 from kvtalk.cache import KVCache, LayerCache
@@ -175,14 +182,10 @@ class _Read:
         sharer = link.sharer
         head = sharer.lm.head_ids()
         cache = sharer.lm.prefill([head + sharer.lm.encode(context) for context in contexts])
-        self.caches: list[KVCache] = [
-            row.since(sharer.start).attendable(sharer.lm.spec) for row in cache.rows()
-        ]
+        self.caches: list[KVCache] = [row.since(sharer.start).attendable(sharer.lm.spec) for row in cache.rows()]
 
 
-def _run_arm(
-    link: Link, group: Sequence[Item], arm: Arm, read: _Read, max_new_tokens: int
-) -> list[Record]:
+def _run_arm(link: Link, group: Sequence[Item], arm: Arm, read: _Read, max_new_tokens: int) -> list[Record]:
     lm = link.receiver.lm
     sizes, bits, plans = [0] * len(group), [0.0] * len(group), [""] * len(group)
     prompts = [link.receiver.prompt(item.question) for item in group]
@@ -220,9 +223,7 @@ def _run_arm(
     ]
 
 
-def _answer_nll(
-    link: Link, group: Sequence[Item], prompts: Sequence[list[int]], placed: PlacedCache
-) -> list[float]:
+def _answer_nll(link: Link, group: Sequence[Item], prompts: Sequence[list[int]], placed: PlacedCache) -> list[float]:
     """Nats a token of the first accepted answer after each prompt; leaves the placed cache as it was."""
     lm = link.receiver.lm
     answers = [lm.encode(" " + item.answers[0]) for item in group]

@@ -114,7 +114,8 @@ class KeyNorm(TokenPolicy):
     positional = False
 
     def score(self, layer: LayerCache) -> Tensor:
-        return -layer.keys[0].float().norm(dim=-1).mean(dim=0)
+        norms: Tensor = layer.keys[0].float().square().sum(dim=-1).sqrt()
+        return -norms.mean(dim=0)
 
 
 class ValueNorm(TokenPolicy):
@@ -124,7 +125,8 @@ class ValueNorm(TokenPolicy):
     positional = False
 
     def score(self, layer: LayerCache) -> Tensor:
-        return layer.values[0].float().norm(dim=-1).mean(dim=0)
+        norms: Tensor = layer.values[0].float().square().sum(dim=-1).sqrt()
+        return norms.mean(dim=0)
 
 
 TOKEN_POLICIES: dict[str, type[TokenPolicy]] = {
@@ -151,7 +153,9 @@ def kept_count(keep: float | int, tokens: int) -> int:
     """
     if isinstance(keep, float):
         if not 0 < keep <= 1:
-            raise SelectionError(f"keep {keep}: a share must lie above 0 and at most 1; give a whole number for a count")
+            raise SelectionError(
+                f"keep {keep}: a share must lie above 0 and at most 1; give a whole number for a count"
+            )
         return math.ceil(keep * tokens)
     if keep < 1:
         raise SelectionError(f"keep {keep}: at least one token must be kept")
