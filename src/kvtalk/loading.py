@@ -69,9 +69,18 @@ def sentence_nats(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def from_folder(
-    name: str | Path, dtype: torch.dtype, revision: str | None = None
+    name: str | Path,
+    dtype: torch.dtype,
+    revision: str | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load from a folder or, if there is none of that name, by hub id.
+
+    Args:
+        name: folder or hub id.
+        dtype: of the weights.
+        revision: of a hub id.
+        tokenizer: to use instead of the one that lies there.
 
     Raises:
         ModelError: neither exists, or model or tokenizer is missing in it.
@@ -82,12 +91,7 @@ def from_folder(
             f"no model {str(name)!r}: give a folder, a .gguf file, a hub id, or a name from `kvtalk models list`"
         )
     options: dict[str, Any] = {} if revision is None else {"revision": revision}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **options)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{name}: no tokenizer could be loaded ({_first_line(error)})") from error
-    if not _reads(tokenizer):
-        raise ModelError(f"{name}: no tokenizer could be loaded (its files are missing: save it beside the model)")
+    tokenizer = tokenizer or _tokenizer(name, options)
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation="sdpa", **options)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
@@ -95,16 +99,21 @@ def from_folder(
     return model, tokenizer
 
 
+def _tokenizer(name: str | Path, options: dict[str, Any]) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{name}: no tokenizer could be loaded ({_first_line(error)})") from error
+    # Without its files `transformers` makes an empty tokenizer for some architectures, and says nothing.
+    if "kv" not in str(tokenizer.decode(tokenizer("kv", add_special_tokens=False).input_ids)):
+        raise ModelError(f"{name}: no tokenizer could be loaded (its files are missing: save it beside the model)")
+    return tokenizer
+
+
 def bos(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The BOS that the tokenizer itself puts before a text, if it does."""
     first = list(tokenizer("a").input_ids)[:1]
     return first if first and first[0] == tokenizer.bos_token_id else []
-
-
-def _reads(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether it knows letters; without its files `transformers` makes an empty one and says nothing."""
-    ids = tokenizer("kv", add_special_tokens=False).input_ids
-    return "kv" in str(tokenizer.decode(ids))
 
 
 def _first_line(error: Exception) -> str:

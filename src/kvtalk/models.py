@@ -99,8 +99,7 @@ class LM:
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = dtype or default_dtype(device)
         if name in bundled.MODELS:
-            folder = bundled.ensure(name)
-            model, tokenizer = from_folder(folder, dtype)
+            model, tokenizer = bundled.load(name, dtype)
             prompt = prompt or bundled.MODELS[name].prompt
         elif name.endswith(".gguf"):
             model, tokenizer = from_gguf(Path(name), dtype)
