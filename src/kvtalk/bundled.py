@@ -22,7 +22,6 @@ from typing import Any
 import platformdirs
 import torch
 from rich.console import Console
-from tokenizers import Tokenizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from kvtalk.errors import ModelError
@@ -156,7 +155,7 @@ def load(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedToke
     special = {key: value for key, value in named.items() if key.endswith("_token") and isinstance(value, str)}
     template = folder / "chat_template.jinja"
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_file(str(folder / "tokenizer.json")),
+        tokenizer_file=str(folder / "tokenizer.json"),
         chat_template=template.read_text("utf-8") if template.is_file() else None,
         **special,
     )
