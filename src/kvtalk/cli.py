@@ -200,11 +200,7 @@ def evaluate(
     out_dir: Annotated[Path, typer.Option("--out", "-o", help="Folder for the results; a stopped run goes on there.")],
     data: Annotated[
         Path | None,
-        typer.Option(
-            "--data",
-            "-d",
-            help="JSON lines with id, context, question, answers; by default our own passages.",
-        ),
+        typer.Option("--data", "-d", help="JSON lines: id, context, question, answers; by default our own passages."),
     ] = None,
     sharer: SharerOption = DEFAULT_MODEL,
     receiver: ReceiverOption = None,
@@ -218,32 +214,28 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first items.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Items at a time.")] = 16,
     max_new_tokens: TokensOption = 24,
+    recompute: Annotated[
+        bool, typer.Option("--recompute", help="Only redo table and picture of a finished run.")
+    ] = False,
 ) -> None:
-    """Score any number of plans and their controls on the same questions."""
+    """Score any number of plans and their controls on the same questions; writes every answer, a table, a picture."""
+    from kvtalk.evaluation import runner
     from kvtalk.evaluation.arms import parse_arms
     from kvtalk.evaluation.items import load_items, samples
-    from kvtalk.evaluation.runner import run
+    from kvtalk.evaluation.picture import draw
 
-    items = samples()[:limit] if data is None else load_items(data, limit)
-    lines = list(arm or []) + (read_text(str(arms_file)).splitlines() if arms_file else [])
-    arms = parse_arms(lines)
-    with _loading():
-        link = _link(sharer, receiver)
-    summary = run(link, items, arms, out_dir, batch=batch, max_new_tokens=max_new_tokens)
-    table = Table("arm", "F1", "EM", "contains", "NLL", "bytes", "bits/value", "F1 − wrong cache")
-    for row in summary["arms"]:
-        table.add_row(
-            row["arm"],
-            f"{row['f1'][0]:.1f} [{row['f1'][1]:.1f}, {row['f1'][2]:.1f}]",
-            f"{row['em'][0]:.1f}",
-            f"{row['contains'][0]:.1f}",
-            f"{row['nll']:.3f}",
-            f"{row['bytes']:,}",
-            f"{row['bits_per_value']:.2f}",
-            "" if "f1_minus_wrong" not in row else "{:+.1f} [{:+.1f}, {:+.1f}]".format(*row["f1_minus_wrong"]),
-        )
-    out.print(table)
-    out.print(f"every answer: {out_dir}/items.jsonl.gz")
+    if recompute:
+        summary = runner.recompute(out_dir)
+    else:
+        items = samples()[:limit] if data is None else load_items(data, limit)
+        lines = list(arm or []) + (read_text(str(arms_file)).splitlines() if arms_file else [])
+        arms = parse_arms(lines)
+        with _loading():
+            link = _link(sharer, receiver)
+        summary = runner.run(link, items, arms, out_dir, batch=batch, max_new_tokens=max_new_tokens)
+    draw({out_dir.name: summary["arms"]}, out_dir / "picture.png", str(out_dir), "f1", "F1")
+    out.print(_arms_table(summary["arms"]))
+    out.print(f"every answer: {out_dir}/items.jsonl.gz, picture: {out_dir}/picture.png")
 
 
 @app.command()
@@ -425,6 +417,24 @@ def _phases_table(made: Answer) -> Table:
         seconds = getattr(cost, phase)
         if seconds:
             table.add_row(phase.replace("_", " "), f"{1000 * seconds:.0f}")
+    return table
+
+
+def _arms_table(rows: list[dict[str, Any]]) -> Table:
+    table = Table("arm", "F1", "EM", "NLL", "bytes", "bits/value", "F1 - wrong cache", "F1 - text")
+    table.columns[0].overflow = "fold"
+    for row in rows:
+        wrong, text = row.get("f1_minus_wrong"), row.get("f1_minus_text")
+        table.add_row(
+            row["arm"],
+            "{:.1f} [{:.1f}, {:.1f}]".format(*row["f1"]),
+            f"{row['em'][0]:.1f}",
+            f"{row['nll']:.3f}",
+            f"{row['bytes']:,}",
+            f"{row['bits_per_value']:.2f}",
+            "{:+.1f} [{:+.1f}, {:+.1f}]".format(*wrong) if wrong else "",
+            "{:+.1f} [{:+.1f}, {:+.1f}]".format(*text) if text else "",
+        )
     return table
 
 

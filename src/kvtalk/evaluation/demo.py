@@ -53,7 +53,8 @@ def run_demo(console: Console, out: Path, questions: int) -> None:
         _show_one(console, link, items[0], arms)
     console.print(_table(rows))
     (out / "table.md").write_text(_markdown(rows, questions), "utf-8")
-    draw(rows, out / "picture.png", f"Same model, {questions} questions about invented passages")
+    title = f"Same model, {questions} questions about invented passages"
+    draw(rows, out / "picture.png", title, "contains", "right answers, %")
     console.print(f"table: {out / 'table.md'}, picture: {out / 'picture.png'}, every answer: {out}/*/items.jsonl.gz")
 
 

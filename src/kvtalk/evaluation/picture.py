@@ -1,22 +1,27 @@
-"""Right answers against bytes, with the controls as lines."""
+"""Score against bytes, with the controls as lines."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from kvtalk.errors import InputError
 
 _COLOURS = ("#3b6fb6", "#c8553d", "#4f9d69", "#8d6cab")
+_LABELS = {"none": "no context", "wrong": "another text's cache"}
+_STYLES = {"none": ":", "wrong": "--"}
 
 
-def draw(rows: dict[str, list[dict[str, Any]]], file: Path, title: str) -> None:
-    """One picture of the share of right answers against bytes (log axis).
+def draw(runs: Mapping[str, Sequence[dict[str, Any]]], file: Path, title: str, metric: str, axis: str) -> None:
+    """One picture of a score against bytes (log axis), 95% intervals as bars, best plans joined.
 
     Args:
-        rows: per model, the arms of a run's summary.
+        runs: per name, the arms of a run's summary.
         file: PNG to write.
         title: above it.
+        metric: ``f1``, ``em`` or ``contains``.
+        axis: what the metric is called.
 
     Raises:
         InputError: matplotlib is not installed.
@@ -25,34 +30,22 @@ def draw(rows: dict[str, list[dict[str, Any]]], file: Path, title: str) -> None:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise InputError("pictures need matplotlib: pip install 'kvtalk[plot]'") from error
-    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
+    figure = Figure(figsize=(9, 5), dpi=150, layout="constrained")
     axes = figure.subplots()
-    for colour, (name, group) in zip(_COLOURS, rows.items(), strict=False):
-        arms = {row["arm"]: row for row in group}
-        caches = sorted(
-            (row for arm, row in arms.items() if arm not in ("none", "text", "wrong")),
-            key=lambda row: row["bytes"],
-        )
-        _points(axes, caches, colour, f"{name}: cache", "o-")
-        _points(axes, [arms["text"]], colour, f"{name}: context as text", "*")
-        axes.axhline(
-            arms["none"]["contains"][0],
-            color=colour,
-            linestyle=":",
-            linewidth=1.2,
-            label=f"{name}: no context",
-        )
-        axes.axhline(
-            arms["wrong"]["contains"][0],
-            color=colour,
-            linestyle="--",
-            linewidth=1.2,
-            label=f"{name}: another text's cache",
-        )
+    for colour, (name, rows) in zip(_COLOURS, runs.items(), strict=False):
+        caches = sorted((row for row in rows if row["kind"] == "cache"), key=lambda row: row["bytes"])
+        _points(axes, caches, metric, colour, f"{name}: cache", "o")
+        front = _front(caches, metric)
+        axes.plot([row["bytes"] for row in front], [row[metric][0] for row in front], color=colour, linewidth=1.5)
+        _points(axes, [row for row in rows if row["kind"] == "text"], metric, colour, f"{name}: text", "*")
+        for row in rows:
+            if row["kind"] in _LABELS:
+                label, style = f"{name}: {_LABELS[row['kind']]}", _STYLES[row["kind"]]
+                axes.axhline(row[metric][0], label=label, color=colour, linestyle=style, linewidth=1.2)
     axes.set_xscale("log")
     axes.set_xlabel("bytes that cross, per context")
-    axes.set_ylabel("right answers, %")
-    axes.set_ylim(-3, 103)
+    axes.set_ylabel(axis)
+    axes.set_ylim(bottom=-3)
     axes.grid(alpha=0.25)
     axes.set_title(title, fontsize=11)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
@@ -60,19 +53,19 @@ def draw(rows: dict[str, list[dict[str, Any]]], file: Path, title: str) -> None:
     figure.savefig(file)
 
 
-def _points(axes: Any, rows: list[dict[str, Any]], colour: str, label: str, style: str) -> None:
-    means = [row["contains"][0] for row in rows]
-    below = [row["contains"][0] - row["contains"][1] for row in rows]
-    above = [row["contains"][2] - row["contains"][0] for row in rows]
-    axes.errorbar(
-        [row["bytes"] for row in rows],
-        means,
-        [below, above],
-        fmt=style,
-        color=colour,
-        label=label,
-        capsize=3,
-        markersize=12 if style == "*" else 5,
-        linewidth=1.5,
-        elinewidth=0.8,
-    )
+def _points(axes: Any, rows: Sequence[dict[str, Any]], metric: str, colour: str, label: str, marker: str) -> None:
+    means = [row[metric][0] for row in rows]
+    below = [row[metric][0] - row[metric][1] for row in rows]
+    above = [row[metric][2] - row[metric][0] for row in rows]
+    style = {"fmt": marker, "color": colour, "label": label, "elinewidth": 0.6, "capsize": 2, "alpha": 0.85}
+    size = 13 if marker == "*" else 4.5
+    axes.errorbar([row["bytes"] for row in rows], means, [below, above], markersize=size, **style)
+
+
+def _front(rows: Sequence[dict[str, Any]], metric: str) -> list[dict[str, Any]]:
+    """The rows that no row of fewer bytes matches; ``rows`` ascend in bytes."""
+    front: list[dict[str, Any]] = []
+    for row in rows:
+        if not front or row[metric][0] > front[-1][metric][0]:
+            front.append(row)
+    return front

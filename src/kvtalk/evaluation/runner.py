@@ -121,8 +121,27 @@ def run(
                 bar.advance(task, len(fresh))
     _write_gzip(out / "items.jsonl.gz", records)
     summary = summarize(records, arms)
-    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", "utf-8")
+    _write_summary(out, summary)
     log.unlink()
+    return summary
+
+
+def recompute(out: Path) -> dict[str, Any]:
+    """The summary of a finished run from its manifest and records, without a model.
+
+    Raises:
+        InputError: there is no finished run in the folder.
+    """
+    try:
+        manifest = json.loads((out / "manifest.json").read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{out}: no run to recompute ({error})") from error
+    arms = [Arm(**{**arm, "plan": arm["plan"] and Plan(**arm["plan"])}) for arm in manifest["arms"]]
+    records = read_records(out)
+    if len(records) != len(arms) * manifest["items"]["count"]:
+        raise InputError(f"{out}: the run is not finished: give the command of its manifest.json again")
+    summary = summarize(records, arms)
+    _write_summary(out, summary)
     return summary
 
 
@@ -140,7 +159,7 @@ def summarize(records: Sequence[Record], arms: Sequence[Arm]) -> dict[str, Any]:
     for record in records:
         by_arm[record.arm][record.id] = record
     references = {kind: next((arm.name for arm in arms if arm.kind == kind), None) for kind in ("text", "wrong")}
-    return {"arms": [_row(arm.name, by_arm, references) for arm in arms]}
+    return {"arms": [{"kind": arm.kind, **_row(arm.name, by_arm, references)} for arm in arms]}
 
 
 def _row(name: str, by_arm: dict[str, dict[str, Record]], references: dict[str, str | None]) -> dict[str, Any]:
@@ -302,6 +321,11 @@ def _read_log(log: Path) -> list[Record]:
         except (ValueError, TypeError):
             break
     return records
+
+
+def _write_summary(out: Path, summary: dict[str, Any]) -> None:
+    rows = ",\n".join(json.dumps(row) for row in summary["arms"])
+    (out / "summary.json").write_text(f'{{"arms": [\n{rows}\n]}}\n', "utf-8")
 
 
 def _write_gzip(file: Path, records: Sequence[Record]) -> None:
