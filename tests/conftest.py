@@ -30,7 +30,7 @@ _SIZES = {
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
+    "max_position_embeddings": 2048,
     "eos_token_id": None,
     "pad_token_id": 0,
     "bos_token_id": 1,

@@ -155,8 +155,8 @@ def test_bad_contexts_questions_and_budgets() -> None:
         link.ask(" \n", QUESTION)
     with pytest.raises(InputError, match="question is empty"):
         link.ask(CONTEXT, "  ")
-    with pytest.raises(InputError, match="reads at most 512"):
-        link.ask("x" * 600, QUESTION)
+    with pytest.raises(InputError, match="reads at most 2048"):
+        link.ask("x" * 2100, QUESTION)
     with pytest.raises(BudgetError, match="smallest possible packet of this context takes"):
         link.ask(CONTEXT, QUESTION, budget="900")
     with pytest.raises(BudgetError, match="is not a size"):

@@ -166,11 +166,11 @@ def test_texts_that_cannot_be_read() -> None:
     lm = tiny_lm()
     with pytest.raises(InputError, match="empty"):
         lm.prefill([[]])
-    with pytest.raises(InputError, match="600 tokens, llama reads at most 512"):
-        lm.prefill([[5] * 600])
+    with pytest.raises(InputError, match="2100 tokens, llama reads at most 2048"):
+        lm.prefill([[5] * 2100])
     placed = lm.place([[]], head=False)
     with pytest.raises(InputError, match="shorten the context"):
-        lm.generate([[5] * 600], placed)
+        lm.generate([[5] * 2100], placed)
 
 
 def test_head_is_read_once_and_bos_only_where_the_tokenizer_adds_one() -> None:

@@ -10,9 +10,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from kvtalk.errors import InputError, KVTalkError
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from kvtalk.planning import Plan
 
 DEFAULT_MODEL = "gemma3-270m"
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+"""What typer raises for every misuse of options; the module it lives in differs between versions."""
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -157,9 +159,9 @@ def answer(
     blob = fetch(cache)
     from kvtalk.link import Receiver
     from kvtalk.models import LM
-    from kvtalk.packet import Packet
+    from kvtalk.packet import read_stream
 
-    Packet.parse_first(blob)  # a damaged file is refused before a model is loaded
+    list(read_stream(blob))  # a damaged file is refused before a model is loaded
     with _loading():
         side = Receiver(LM.load(receiver))
     made = side.answer(
@@ -291,12 +293,12 @@ def main() -> None:
     try:
         code = app(standalone_mode=False)
     except KVTalkError as error:
-        err.print(f"[bold red]error:[/] {click.unstyle(str(error))}", highlight=False, soft_wrap=True)
+        err.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         code = 2
-    except click.ClickException as error:
-        error.show()
+    except _UsageError as error:
+        error.show()  # type: ignore[attr-defined]
         code = 2
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         err.print("interrupted; nothing half-written was left behind")
         code = 130
     sys.exit(code if isinstance(code, int) else 0)

@@ -1,0 +1,190 @@
+"""The command: mistakes are one line and exit code 2; two processes do what one does."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import pytest
+
+from kvtalk import cli
+from kvtalk.evaluation.runner import read_records
+
+CONTEXT = "The harbour master of Ostrevik was called Berthe, and she kept eels in the old mill."
+
+
+def kvtalk(*arguments: object, text: str | None = None, **options: object) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own."""
+    command = [sys.executable, "-m", "kvtalk.cli", *map(str, arguments)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+    return subprocess.run(command, input=text, env=environment, capture_output=True, text=True, check=False, **options)
+
+
+def in_process(*arguments: object, text: str | None = None) -> subprocess.CompletedProcess[str]:
+    """The same in this process, without the seconds that importing takes."""
+    stdout, stderr, argv, stdin = io.StringIO(), io.StringIO(), sys.argv, sys.stdin
+    sys.argv, sys.stdin = ["kvtalk", *map(str, arguments)], io.StringIO(text or "")
+    try:
+        with redirect_stdout(stdout), redirect_stderr(stderr), pytest.raises(SystemExit) as end:
+            cli.main()
+    finally:
+        sys.argv, sys.stdin = argv, stdin
+    return subprocess.CompletedProcess(arguments, end.value.code, stdout.getvalue(), stderr.getvalue())
+
+
+def refused(run: subprocess.CompletedProcess[str], *words: str) -> None:
+    assert run.returncode == 2, run.stderr
+    assert "Traceback" not in run.stderr
+    lines = [line for line in run.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, run.stderr
+    for word in words:
+        assert word in lines[0]
+
+
+@pytest.fixture
+def context(tmp_path: Path) -> Path:
+    file = tmp_path / "context.txt"
+    file.write_text(CONTEXT, "utf-8")
+    return file
+
+
+@pytest.fixture
+def shared(tmp_path: Path, context: Path, tiny_folder: Path) -> Path:
+    file = tmp_path / "cache.kvt"
+    run = in_process("share", "--context", context, "--out", file, "--sharer", tiny_folder, "--budget", "40%")
+    assert run.returncode == 0, run.stderr
+    return file
+
+
+def test_help_teaches_the_first_step() -> None:
+    run = in_process("--help")
+    assert run.returncode == 0
+    assert "kvtalk ask --context" in run.stdout
+    for command in ("ask", "share", "answer", "inspect", "eval", "demo", "models"):
+        assert in_process(command, "--help").returncode == 0
+
+
+def test_ask_answers_and_compares(context: Path, tiny_folder: Path) -> None:
+    run = in_process(
+        "ask", "-c", context, "-q", "Who?", "-s", tiny_folder, "-b", "50%", "--max-new-tokens", 4, "--json"
+    )
+    assert run.returncode == 0, run.stderr
+    rows = json.loads(run.stdout)
+    assert list(rows) == ["cache", "no context", "context as text", "another text's cache"]
+    assert rows["context as text"]["bytes"] == len(CONTEXT)
+    assert 0 < rows["cache"]["bytes"] <= 0.5 * len(CONTEXT) * 2 * 2 * 2 * 32 * 4
+    table = in_process("ask", "-c", "-", "-q", "Who?", "-s", tiny_folder, "--max-new-tokens", 2, text=CONTEXT)
+    assert "zstd" in table.stdout
+    assert "first token" in table.stdout
+
+
+def test_two_processes_across_a_file(shared: Path, tiny_folder: Path, context: Path) -> None:
+    report = json.loads(kvtalk("inspect", shared, "--json").stdout)[0]
+    assert report["bytes"] == shared.stat().st_size
+    assert report["context_tokens"] == len(CONTEXT)
+    assert "bits per value" in kvtalk("inspect", shared).stdout
+    options = ["-q", "Who?", "--max-new-tokens", 6, "--json"]
+    apart = json.loads(kvtalk("answer", "--cache", shared, "-r", tiny_folder, *options).stdout)
+    together = json.loads(kvtalk("ask", "-c", context, "-s", tiny_folder, "-b", "40%", *options, "--no-compare").stdout)
+    assert apart["answer"] == together["cache"]["answer"]
+    assert apart["bytes"] == together["cache"]["bytes"]
+
+
+def test_a_stream_of_parts_reads_like_one_packet(tmp_path: Path, context: Path, tiny_folder: Path) -> None:
+    file = tmp_path / "stream.kvt"
+    assert in_process("share", "-c", context, "-o", file, "-s", tiny_folder, "--parts", 2).returncode == 0
+    assert len(json.loads(in_process("inspect", file, "--json").stdout)) == 2
+    assert in_process("answer", "--cache", file, "-r", tiny_folder, "-q", "Who?", "--max-new-tokens", 2).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda blob: blob[:-1], "truncated"),
+        (lambda blob: blob[:100], "truncated"),
+        (lambda blob: b"", "truncated"),
+        (lambda blob: b"PNG" + blob[3:], "not"),
+        (lambda blob: blob[:-1] + bytes([blob[-1] ^ 1]), "damaged"),
+        (lambda blob: blob + b"tail", "truncated"),
+    ],
+    ids=["last byte", "header", "empty", "magic", "flipped", "tail"],
+)
+def test_damaged_files_are_refused_before_a_model_is_loaded(shared: Path, damage, words: str) -> None:  # type: ignore[no-untyped-def]
+    shared.write_bytes(damage(shared.read_bytes()))
+    refused(in_process("inspect", shared), "packet", words)
+    refused(in_process("answer", "--cache", shared, "-q", "Who?", "-r", "/no/model"), "packet", words)
+
+
+def test_mistakes_are_one_line(tmp_path: Path, context: Path, shared: Path, tiny_folder: Path) -> None:
+    out = tmp_path / "new.kvt"
+    share = ["share", "-o", out, "-s", tiny_folder]
+    refused(in_process(*share, "-c", tmp_path / "absent.txt"), "cannot read", "No such file")
+    refused(in_process(*share, "-c", "-", text=" \n"), "context is empty")
+    refused(in_process(*share, "-c", "-", text="x" * 2100), "reads at most 2048")
+    refused(in_process(*share, "-c", context, "-b", "plenty"), "is not a size")
+    refused(in_process(*share, "-c", context, "-b", "700"), "smallest possible")
+    refused(in_process(*share, "-c", context, "-p", "zip"), "no codec 'zip'", "bf16")
+    refused(in_process(*share, "-c", context, "-p", "bf16 magic@50%"), "no token policy 'magic'")
+    refused(in_process(*share, "-c", context, "-p", "bf16 layers=9"), "layers 0 to 3")
+    refused(in_process("share", "-o", out, "-c", context, "-s", tmp_path / "nothing"), "no model")
+    refused(in_process("share", "-o", tmp_path / "no" / "x.kvt", "-c", context, "-s", tiny_folder), "cannot write")
+    refused(in_process("answer", "--cache", shared, "-r", tiny_folder, "-q", " "), "question is empty")
+    refused(in_process("answer", "--cache", tmp_path / "absent.kvt", "-q", "Who?"), "No such file")
+    refused(in_process("models", "pull", "gpt-5"), "no bundled model")
+    assert not out.exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache.kvt", "context.txt"]
+    assert in_process("ask", "--nonsense").returncode == 2
+
+
+def test_a_full_disk_leaves_no_partial_file(tmp_path: Path, context: Path, tiny_folder: Path) -> None:
+    """The system itself refuses to let the file grow."""
+
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    out = tmp_path / "new.kvt"
+    refused(
+        kvtalk("share", "-o", out, "-c", context, "-s", tiny_folder, preexec_fn=limit), "cannot write", "left behind"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["context.txt"]
+
+
+def test_an_evaluation_that_is_interrupted_goes_on(tmp_path: Path, tiny_folder: Path) -> None:
+    """Ctrl-C in the middle: exit 130, finished items kept, and the second start counts none of them twice."""
+    out = tmp_path / "run"
+    arms = ["none", "text", "wrong", "zeroed", "bf16", "int8", "int4:channel/int4:token before", "nf4"]
+    arguments = ["eval", "--out", out, "--sharer", tiny_folder, "--batch", 2, "--max-new-tokens", 2, "--limit", 40]
+    arguments += [option for arm in arms for option in ("--arm", arm)]
+    command = [sys.executable, "-m", "kvtalk.cli", *map(str, arguments)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    log = out / "items.partial.jsonl"
+    deadline = time.time() + 90
+    while time.time() < deadline and not (log.exists() and log.read_text().count("\n") >= 20):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    kept = log.read_text().count("\n")
+    assert 20 <= kept < 40 * len(arms)
+    with log.open("a") as file:
+        file.write('{"id": "cut off in the mid')
+    again = kvtalk(*arguments)
+    assert again.returncode == 0, again.stderr
+    assert not log.exists()
+    records = read_records(out)
+    assert len(records) == len({(record.id, record.arm) for record in records}) == 40 * len(arms)
+    refused(in_process(*arguments[:-2]), "holds another run")
+    before = (out / "summary.json").read_text()
+    (out / "summary.json").unlink()
+    assert in_process("eval", "--out", out, "--recompute").returncode == 0
+    assert (out / "summary.json").read_text() == before
