@@ -236,7 +236,7 @@ def evaluate(
             link = _link(sharer, receiver)
         summary = runner.run(link, items, arms, out_dir, batch=batch, max_new_tokens=max_new_tokens)
     draw({out_dir.name: summary["arms"]}, out_dir / "picture.png", str(out_dir), "f1", "F1")
-    out.print(_arms_table(summary["arms"]))
+    out.print(_arms_table(summary))
     out.print(f"every answer: {out_dir}/items.jsonl.gz, picture: {out_dir}/picture.png")
 
 
@@ -248,6 +248,7 @@ def demo(
     """Ask invented questions through both bundled models at several budgets; one table, one picture."""
     from kvtalk.evaluation import demo as show
 
+    _quiet_transformers()
     show.run_demo(out, out_dir, questions)
 
 
@@ -351,13 +352,18 @@ def _sharer(name: str) -> Sharer:
 
 @contextmanager
 def _loading() -> Iterator[None]:
-    """Loading bundled models takes a moment, so `transformers` stays quiet and a spinner shows that it goes on."""
+    """Loading takes a moment: a spinner shows that it goes on."""
+    _quiet_transformers()
+    with err.status("loading ..."):
+        yield
+
+
+def _quiet_transformers() -> None:
+    """Its bars and warnings would stand between a question and its answer."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    with err.status("loading ..."):
-        yield
 
 
 def _streamer(side: Receiver) -> Any:
@@ -422,21 +428,13 @@ def _phases_table(made: Answer) -> Table:
     return table
 
 
-def _arms_table(rows: list[dict[str, Any]]) -> Table:
-    table = Table("arm", "F1", "EM", "NLL", "bytes", "bits/value", "F1 - wrong cache", "F1 - text")
+def _arms_table(summary: dict[str, Any]) -> Table:
+    from kvtalk.evaluation.runner import COLUMNS, cells
+
+    table = Table(*COLUMNS)
     table.columns[0].overflow = "fold"
-    for row in rows:
-        wrong, text = row.get("f1_minus_wrong"), row.get("f1_minus_text")
-        table.add_row(
-            row["arm"],
-            "{:.1f} [{:.1f}, {:.1f}]".format(*row["f1"]),
-            f"{row['em'][0]:.1f}",
-            f"{row['nll']:.3f}",
-            f"{row['bytes']:,}",
-            f"{row['bits_per_value']:.2f}",
-            "{:+.1f} [{:+.1f}, {:+.1f}]".format(*wrong) if wrong else "",
-            "{:+.1f} [{:+.1f}, {:+.1f}]".format(*text) if text else "",
-        )
+    for row in summary["arms"]:
+        table.add_row(*cells(row))
     return table
 
 

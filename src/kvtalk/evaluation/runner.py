@@ -84,7 +84,7 @@ def run(
     batch: int = 16,
     max_new_tokens: int = 24,
 ) -> dict[str, Any]:
-    """Evaluate and write ``manifest.json``, ``items.jsonl.gz`` and ``summary.json`` into a folder.
+    """Evaluate and write ``manifest.json``, ``items.jsonl.gz``, ``summary.json`` and ``table.md`` into a folder.
 
     Args:
         link: sharer and receiver.
@@ -124,6 +124,24 @@ def run(
     _write_summary(out, summary)
     log.unlink()
     return summary
+
+
+COLUMNS = ("arm", "F1", "EM", "contains", "NLL", "bytes", "bits/value", "F1 - wrong cache", "F1 - text")
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """An arm of a summary as text, under :data:`COLUMNS`."""
+    differences = [row.get(f"f1_minus_{reference}") for reference in ("wrong", "text")]
+    return [
+        row["arm"],
+        "{:.1f} [{:.1f}, {:.1f}]".format(*row["f1"]),
+        f"{row['em'][0]:.1f}",
+        f"{row['contains'][0]:.1f}",
+        f"{row['nll']:.3f}",
+        f"{row['bytes']:,}",
+        f"{row['bits_per_value']:.2f}",
+        *("{:+.1f} [{:+.1f}, {:+.1f}]".format(*x) if x else "" for x in differences),
+    ]
 
 
 def recompute(out: Path) -> dict[str, Any]:
@@ -326,6 +344,9 @@ def _read_log(log: Path) -> list[Record]:
 def _write_summary(out: Path, summary: dict[str, Any]) -> None:
     rows = ",\n".join(json.dumps(row) for row in summary["arms"])
     (out / "summary.json").write_text(f'{{"arms": [\n{rows}\n]}}\n', "utf-8")
+    lines = ["| " + " | ".join(COLUMNS) + " |", "| --- " * len(COLUMNS) + "|"]
+    lines += ["| " + " | ".join(cells(row)) + " |" for row in summary["arms"]]
+    (out / "table.md").write_text("\n".join(lines) + "\n", "utf-8")
 
 
 def _write_gzip(file: Path, records: Sequence[Record]) -> None:
