@@ -11,6 +11,7 @@ import torch
 from conftest import bundled_lm
 from kvtalk import Link, Plan, bundled
 from kvtalk import packet as wire
+from kvtalk.cache import Prefix
 from kvtalk.evaluation.arms import parse_arms
 from kvtalk.evaluation.items import load_items, samples, unrelated_text
 from kvtalk.evaluation.metrics import contains_answer
@@ -18,7 +19,6 @@ from kvtalk.evaluation.runner import run
 from kvtalk.loading import sentence_nats
 from kvtalk.models import LM
 from kvtalk.packet import Packet
-from kvtalk.placement import Prefix
 
 pytestmark = pytest.mark.models
 both = pytest.mark.parametrize("name", list(bundled.MODELS))

@@ -13,7 +13,7 @@ from kvtalk.codecs.packing import pack, unpack
 from kvtalk.errors import CodecError
 
 BLOCKS = ("token", "channel", "4x8", "*x1", "8x*", "3x2")
-NAMES = ["bf16", "fp16", *(f"{name}:{block}" for name in ("int8", "int4", "int2", "nf4") for block in BLOCKS)]
+NAMES = ["fp32", "bf16", "fp16", *(f"{name}:{block}" for name in ("int8", "int4", "int2", "nf4") for block in BLOCKS)]
 
 
 def roundtrip(name: str, values: torch.Tensor) -> torch.Tensor:
@@ -37,7 +37,15 @@ def roundtrip(name: str, values: torch.Tensor) -> torch.Tensor:
 def test_error_is_at_most_the_step(name: str, heads: int, tokens: int, scale: float, seed: int) -> None:
     values = scale * torch.randn(heads, tokens, 16, generator=torch.Generator().manual_seed(seed))
     spread = float(values.max() - values.min())
-    share = {"bf16": 2**-8, "fp16": 2**-10, "int8": 0.6 / 255, "int4": 0.6 / 15, "int2": 0.6 / 3, "nf4": 0.16}
+    share = {
+        "fp32": 0,
+        "bf16": 2**-8,
+        "fp16": 2**-10,
+        "int8": 0.6 / 255,
+        "int4": 0.6 / 15,
+        "int2": 0.6 / 3,
+        "nf4": 0.16,
+    }
     allowed = share[name.split(":")[0]] * spread + 2e-3 * float(values.abs().max())
     assert (roundtrip(name, values) - values).abs().max() <= allowed
 
@@ -124,4 +132,4 @@ def test_blocks_must_divide_the_head() -> None:
 def test_every_codec_names_itself_so_that_it_can_be_made_again() -> None:
     for name in NAMES:
         assert str(codec(str(codec(name)))) == str(codec(name))
-    assert set(CODECS) == {"bf16", "fp16", "int8", "int4", "int2", "nf4"}
+    assert set(CODECS) == {"fp32", "bf16", "fp16", "int8", "int4", "int2", "nf4"}

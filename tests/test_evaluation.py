@@ -129,7 +129,7 @@ def test_summary_can_be_recomputed_and_an_unfinished_run_cannot(finished: Path, 
     recompute(finished)
     assert (finished / "summary.json").read_text() == before
     rows = {row["arm"]: row for row in json.loads(before)["arms"]}
-    assert "f1_minus_wrong" in rows["fp16"]
+    assert "f1_bought" in rows["fp16"]
     assert "f1_minus_text" in rows["fp16"]
     with pytest.raises(InputError, match="no run"):
         recompute(tmp_path)

@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from conftest import ARCHITECTURES, WINDOW, tiny_config, tiny_lm
 from kvtalk import packet as wire
-from kvtalk.cache import KVCache
+from kvtalk.cache import KVCache, Prefix
 from kvtalk.models import LM
-from kvtalk.placement import PlacedCache, Prefix, place
+from kvtalk.placement import PlacedCache, place
 from kvtalk.planning import Plan
 
 TEXT = "The old ferry crossed the river at noon, and nobody on the quay saw who steered it."

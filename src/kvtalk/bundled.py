@@ -130,6 +130,15 @@ def ensure(name: str, console: Console | None = None) -> Path:
     console = console or Console(stderr=True)
     model = MODELS[name]
     console.print(f"[bold]{name}[/]: {model.title}, {model.megabytes} MB to download, once, into {target}")
+    try:
+        return _fetch(name, model, target, console)
+    except OSError as error:
+        raise ModelError(
+            f"{name}: could not be kept in {home()} ({error}); set KVTALK_HOME to another folder"
+        ) from error
+
+
+def _fetch(name: str, model: BundledModel, target: Path, console: Console) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{name}-") as scratch:
         gguf = Path(scratch) / "model.gguf"

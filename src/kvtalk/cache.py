@@ -7,9 +7,10 @@ left padding, right padding and layers of different lengths are one and the same
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -301,6 +302,54 @@ class KVCache:
     def _need_one_row(self, what: str) -> None:
         if self.batch != 1:
             raise CacheError(f"{what}() works on one sequence: iterate over rows()")
+
+
+class LayerSource(Protocol):
+    """Keys and values of one layer of one sequence, wherever they lie: in tensors, or still packed."""
+
+    @property
+    def positions(self) -> Tensor:
+        """``[1, tokens]`` int64 on the CPU."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """KV heads and head_dim."""
+
+    def keys_into(self, out: Tensor) -> None:
+        """Write the keys to ``out``, ``[1, kv_heads, tokens, head_dim]``."""
+
+    def values_into(self, out: Tensor) -> None:
+        """Write the values to ``out``, of the same shape."""
+
+
+@dataclass(frozen=True, eq=False)
+class Prefix:
+    """One sequence's cache on its way to be placed, layer by layer so that it never has to exist twice.
+
+    Attributes:
+        layers: every layer of the model in order; consumed once.
+        start: position of the first token of the context at the sharer.
+        length: the position after its last token.
+        longest: the most tokens that any layer holds.
+        rotated: whether the keys carry their rotary embedding.
+    """
+
+    layers: Iterable[LayerSource]
+    start: int
+    length: int
+    longest: int
+    rotated: bool
+
+    @classmethod
+    def of(cls, cache: KVCache, start: int = 0) -> Prefix:
+        """A cache of one sequence, from position ``start`` on."""
+        layers = cache.since(start).layers
+        longest = max(layer.tokens for layer in layers)
+        return cls(layers, start, cache.length[0], longest, cache.rotated)
+
+    def extent(self, gaps: bool) -> int:
+        """Positions it takes up at the receiver, with or without its holes."""
+        return self.length - self.start if gaps else self.longest
 
 
 def _pad_left(tensor: Tensor, count: int, dim: int, value: int) -> Tensor:

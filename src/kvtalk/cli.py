@@ -139,10 +139,10 @@ def share(
         out.print_json(json.dumps(report))
         return
     out.print(
-        f"{out_file}: {shared.cost.bytes:,} bytes for {shared.cost.context_tokens} tokens, "
+        f"{escape(str(out_file))}: {shared.cost.bytes:,} bytes for {shared.cost.context_tokens} tokens, "
         f"{shared.cost.bits_per_value:.2f} bits per value, plan: {shared.plan}"
     )
-    out.print(f"next: kvtalk answer --cache {out_file} --receiver {sharer} --question '...'")
+    out.print(escape(f"next: kvtalk answer --cache {out_file} --receiver {sharer} --question '...'"))
 
 
 @app.command()
@@ -237,7 +237,7 @@ def evaluate(
         summary = runner.run(link, items, arms, out_dir, batch=batch, max_new_tokens=max_new_tokens)
     draw({out_dir.name: summary["arms"]}, out_dir / "picture.png", str(out_dir), "f1", "F1")
     out.print(_arms_table(summary))
-    out.print(f"every answer: {out_dir}/items.jsonl.gz, picture: {out_dir}/picture.png")
+    out.print(escape(f"every answer: {out_dir}/items.jsonl.gz, picture: {out_dir}/picture.png"))
 
 
 @app.command()
@@ -300,8 +300,9 @@ def main() -> None:
         error.show()  # type: ignore[attr-defined]
         code = 2
     except (KeyboardInterrupt, typer.Abort):
-        err.print("interrupted; nothing half-written was left behind")
         code = 130
+    if code == 130:
+        err.print("interrupted")
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -409,7 +410,7 @@ def _answers_table(rows: dict[str, Answer], text: str) -> Table:
             size += f" ({packed:,} zstd)"
         table.add_row(
             name,
-            row.text or "(nothing)",
+            escape(row.text) or "(nothing)",
             size,
             f"{cost.bits_per_value:.2f}" if row.plan else "",
             f"{1000 * (cost.decode_and_place + cost.first_token):.0f} ms",
@@ -434,7 +435,7 @@ def _arms_table(summary: dict[str, Any]) -> Table:
     table = Table(*COLUMNS)
     table.columns[0].overflow = "fold"
     for row in summary["arms"]:
-        table.add_row(*cells(row))
+        table.add_row(*map(escape, cells(row)))
     return table
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from kvtalk.codecs import codec
+from kvtalk.errors import CodecError
 
 SECTIONS = ("keys", "key_scales", "values", "value_scales", "positions")
 
@@ -35,6 +36,14 @@ class LayerLayout:
     kept: int
     keys: str
     values: str
+
+    def check_codecs(self) -> None:
+        """Raise CodecError if a head cannot be cut into whole bytes and blocks."""
+        for name in (self.keys, self.values):
+            packer = codec(name)
+            if self.head_dim * packer.bits % 8:
+                raise CodecError(f"{name}: a head of {self.head_dim} channels does not fill whole bytes")
+            packer.blocks.across(self.kept, self.head_dim)
 
     @property
     def masked(self) -> bool:

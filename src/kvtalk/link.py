@@ -13,10 +13,9 @@ import torch
 from transformers.generation.streamers import BaseStreamer
 
 from kvtalk import packet as wire
-from kvtalk.cache import KVCache
+from kvtalk.cache import KVCache, Prefix
 from kvtalk.errors import BudgetError, InputError
 from kvtalk.models import LM, Generation
-from kvtalk.placement import Prefix
 from kvtalk.planning import Budget, Plan, fit
 
 
@@ -120,7 +119,7 @@ class Sharer:
             return fit(cache, self.lm.spec, limit, size)
         if size(plan) <= limit:
             return plan
-        if plan.keep != 1.0:
+        if not plan.keeps_all:
             raise BudgetError(f"this plan takes {size(plan):,} bytes, the budget is {limit:,}: keep fewer tokens")
         return fit(cache, self.lm.spec, limit, size, plan, [plan.rung])
 

@@ -20,10 +20,10 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from kvtalk import bundled
-from kvtalk.cache import PADDING, KVCache
+from kvtalk.cache import PADDING, KVCache, Prefix
 from kvtalk.errors import InputError, ModelError
 from kvtalk.loading import bos, default_dtype, from_folder, from_gguf
-from kvtalk.placement import PlacedCache, Prefix, attending, place
+from kvtalk.placement import PlacedCache, attending, place
 from kvtalk.prompts import PromptFormat, default_format
 from kvtalk.spec import ModelSpec, read_spec
 
@@ -71,8 +71,7 @@ class LM:
         self.spec: ModelSpec = read_spec(model, tokenizer)
         self.prompt = prompt or default_format(tokenizer)
         self._heads: dict[tuple[int, ...], KVCache] = {}
-        if self.spec.fingerprint.arch not in TESTED_ARCHITECTURES:
-            self._check_placement()
+        self._check_placement()
 
     @classmethod
     def load(
@@ -192,18 +191,32 @@ class LM:
             placed: the cache of all rows, used up by the call; None to start from nothing.
             max_new_tokens: at most this many per row.
             streamer: receives the tokens of a single row as they come.
-            options: anything ``generate`` takes, such as ``do_sample``, ``temperature`` or ``num_beams``.
+            options: for ``generate``: ``do_sample``, ``temperature``, ``num_beams``, ``num_return_sequences`` and so
+                on; not those that return something else than tokens or draft with another model.
+
+        Returns:
+            one for each prompt, or ``num_return_sequences`` for each.
 
         Raises:
-            InputError: an empty prompt, or no room left in the model's window.
+            InputError: no prompt or an empty one, other rows than were placed, an option that a placed cache cannot
+                serve, or no room left in the model's window.
         """
+        for option in ("return_dict_in_generate", "assistant_model", "prompt_lookup_num_tokens"):
+            if options.get(option):
+                raise InputError(f"generate option {option!r} does not work from a placed cache")
+        if not prompts:
+            raise InputError("no prompt to continue")
         placed = placed or self.place([[]] * len(prompts), head=False, room=max_new_tokens)
+        if len(placed.next_positions) != len(prompts):
+            raise InputError(f"{len(prompts)} prompts for {len(placed.next_positions)} placed rows")
         longest = max(len(prompt) for prompt in prompts) + int(placed.next_positions.max())
-        self._check_length(longest, "context and question together have")
+        self._check_length(longest + 1, "context and question together have")
+        max_new_tokens = min(max_new_tokens, self.spec.max_positions - longest)
         inputs = self._continuation(prompts, placed)
         watch = _Watch(self.tokenizer, inputs["input_ids"].shape[1], self.prompt.stop)
         options.setdefault("do_sample", False)
         pad = self.tokenizer.pad_token_id
+        placed.repeat_rows(max(options.get("num_beams", 1), options.get("num_return_sequences", 1)))
         with attending(self.model):
             watch.start()
             sequences = self.model.generate(
@@ -219,7 +232,7 @@ class LM:
         return [self._generation(ids, watch, end) for ids in sequences[:, inputs["input_ids"].shape[1] :].tolist()]
 
     def _check_placement(self) -> None:
-        """Refuse an untested architecture whose attention does not read a placed cache as it reads its own."""
+        """Refuse an architecture whose attention does not read a placed cache as it reads its own."""
         ids = [min(token, self.spec.config.vocab_size - 1) for token in (11, 12, 13, 14)]
         with torch.no_grad():
             native = self.model(torch.tensor([ids], device=self.device)).logits[0, -1].float()
@@ -297,8 +310,5 @@ class _Watch(StoppingCriteria):  # type: ignore[misc]
         new = input_ids[:, self.prompt_tokens :].tolist()
         if self.first_token is None:
             self.first_token = time.perf_counter()
-        done = [
-            any(stop in self.tokenizer.decode(row).lstrip() for stop in self.stop) if self.stop else False
-            for row in new
-        ]
+        done = [any(stop in self.tokenizer.decode(row) for stop in self.stop) if self.stop else False for row in new]
         return torch.tensor(done, device=input_ids.device)

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import mmap
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from io import BytesIO
+from io import SEEK_SET, RawIOBase
 from itertools import groupby, pairwise
 from typing import Annotated, Any, BinaryIO, Literal
 
@@ -21,11 +22,10 @@ import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from kvtalk.cache import KVCache, LayerCache
+from kvtalk.cache import KVCache, LayerCache, LayerSource, Prefix
 from kvtalk.codecs import codec
 from kvtalk.errors import CacheError, CodecError, PacketError
 from kvtalk.layout import SECTIONS, LayerLayout, Layout
-from kvtalk.placement import LayerSource, Prefix
 from kvtalk.planning import Plan
 from kvtalk.rope import AngleTable, rotate
 from kvtalk.spec import Fingerprint, ModelSpec
@@ -84,6 +84,8 @@ class Manifest(_Strict):
         Raises:
             PacketError: rows that contradict each other, or an unknown codec.
         """
+        if not self.start < self.end or not 0 < self.longest <= self.end - self.start:
+            raise PacketError("end", f"positions {self.start} to {self.end} cannot hold {self.longest} tokens")
         shapes = [self._layer(shape) for shape in self.shapes]
         counts, which = self.layers[::2], self.layers[1::2]
         if len(counts) != len(which) or sum(counts) > 4096 or max(which) >= len(shapes):
@@ -101,11 +103,16 @@ class Manifest(_Strict):
 
     def _layer(self, shape: tuple[int, ...]) -> LayerLayout:
         kv_heads, head_dim, first, span, kept, keys, values = shape
-        if head_dim == 0 or kept > span:
+        if kv_heads == 0 or head_dim == 0 or kept > span or kept > self.longest:
             raise PacketError("shapes", f"impossible shape {shape}")
-        if kept and not (self.start <= first and first + span <= self.end and kept <= self.longest):
+        if span and not self.start <= first <= first + span <= self.end:
             raise PacketError("shapes", f"{shape} lies outside the context {self.start}..{self.end}")
-        return LayerLayout(kv_heads, head_dim, first, span, kept, self._codec(keys), self._codec(values))
+        layer = LayerLayout(kv_heads, head_dim, first, span, kept, self._codec(keys), self._codec(values))
+        try:
+            layer.check_codecs()
+        except CodecError as error:
+            raise PacketError("shapes", str(error)) from error
+        return layer
 
     def _codec(self, index: int) -> str:
         if index >= len(self.codecs):
@@ -114,6 +121,31 @@ class Manifest(_Strict):
             return str(codec(self.codecs[index]))
         except CodecError as error:
             raise PacketError("codecs", f"{error}; a newer kvtalk may know it") from error
+
+
+class Memory(RawIOBase):
+    """A file of known size in memory, never larger than what is written to it.
+
+    Attributes:
+        blob: its bytes.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.blob = memoryview(bytearray(size))
+        self._at = 0
+
+    def seek(self, offset: int, whence: int = SEEK_SET) -> int:
+        self._at = offset if whence == SEEK_SET else self._at + offset
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def write(self, data: Any) -> int:
+        size = len(data)
+        self.blob[self._at : self._at + size] = data
+        self._at += size
+        return size
 
 
 def predict(cache: KVCache, plan: Plan, spec: ModelSpec, start: int = 0, parts: int = 1) -> int:
@@ -139,17 +171,23 @@ def encode(cache: KVCache, plan: Plan, spec: ModelSpec, start: int = 0) -> memor
     Raises:
         CacheError: NaN, infinity, or a value that the codec cannot represent.
     """
-    target = BytesIO()
+    target = Memory(predict(cache, plan, spec, start))
     write(target, cache, plan, spec, start)
-    return target.getbuffer()
+    return target.blob
 
 
-def write(target: BinaryIO, cache: KVCache, plan: Plan, spec: ModelSpec, start: int = 0, parts: int = 1) -> int:
-    """Write one packet, or a stream of ``parts`` packets by layer group; needs no more memory than one layer.
+def write(
+    target: BinaryIO | Memory, cache: KVCache, plan: Plan, spec: ModelSpec, start: int = 0, parts: int = 1
+) -> int:
+    """Write one packet, or a stream of ``parts`` packets by layer group, holding one layer at a time.
 
     Returns:
         bytes written, what :func:`predict` said.
     """
+    if not cache.rotated:
+        raise CacheError("the keys are not rotated: call rotated_as(spec) first, the plan says how they are packed")
+    if any(extent.tokens and extent.first < start for extent in cache.extents):
+        raise CacheError(f"the cache begins before position {start}: take cache.since({start})")
     whole = plan.layout(cache.extents, spec)
     chosen = plan.apply(cache, spec)
     origin = target.tell()
@@ -200,7 +238,12 @@ class PackedLayer:
     def _decode(self, name: str, codes: Tensor, scales: Tensor, out: Tensor) -> None:
         if self.layout.kept:
             rows = codes.to(out.device).view(self.layout.kv_heads, self.layout.kept, -1)
-            codec(name).decode(rows, scales.to(out.device), out[0])
+            packer = codec(name)
+            scales = scales.clone() if scales.storage_offset() % 2 else scales  # they may begin at an odd byte
+            packer.decode(rows, scales.to(out.device), out[0])
+            # Blocks are as finite as their scales; without scales every value is looked at.
+            if not bool(torch.isfinite(scales.view(torch.float16) if packer.scale_bytes else out).all()):
+                raise PacketError("keys" if codes is self.keys else "values", "NaN or infinity")
 
 
 @dataclass(frozen=True, eq=False)
@@ -246,9 +289,8 @@ class Packet:
             raise PacketError("size", f"truncated: {len(view)} bytes of {end}")
         data = view[header_end:end]
         _verify(data, manifest, layout)
-        writable = memoryview(bytearray(data)) if data.readonly else data
-        tensor = torch.frombuffer(writable, dtype=torch.uint8) if len(data) else torch.empty(0, dtype=torch.uint8)
-        packet = cls(manifest, layout, end, tensor, writable.obj if isinstance(writable.obj, mmap.mmap) else None)
+        tensor = _as_tensor(data)
+        packet = cls(manifest, layout, end, tensor, data.obj if isinstance(data.obj, mmap.mmap) else None)
         packet._give_back(tensor)
         return packet
 
@@ -307,9 +349,11 @@ class Packet:
         return _ranges(self.layout)
 
     def _positions(self, layer: LayerLayout, offset: int | None) -> Tensor:
+        if layer.kept == 0:
+            return torch.empty(1, 0, dtype=torch.long)
         every = torch.arange(layer.first, layer.first + layer.span)
         if offset is None:
-            return every[None, : layer.kept]
+            return every[None]
         mask = self._section("positions")[offset : offset + layer.mask_bytes].numpy()
         bits = np.unpackbits(mask, bitorder="little")
         if int(bits.sum()) != layer.kept or bits[layer.span :].any():
@@ -355,6 +399,7 @@ def prefix(packets: Iterable[Packet], spec: ModelSpec) -> Prefix:
                 raise PacketError("part", f"{number} of {first.manifest.part[1]} is missing")
             packet.check_model(spec)
             _check_part(packet, first, number, covered, len(spec.layers))
+            _check_shapes(packet, spec)
             yield from packet.layers()
             covered = packet.manifest.covers[1]
             packet = next(stream, None)
@@ -391,6 +436,12 @@ def _check_part(packet: Packet, first: Packet, number: int, covered: int, layers
     same = ("start", "end", "longest", "rotated")
     if any(getattr(ours, name) != getattr(theirs, name) for name in same):
         raise PacketError("part", f"part {number} belongs to another cache")
+
+
+def _check_shapes(packet: Packet, spec: ModelSpec) -> None:
+    for layer, shape in zip(packet.layout.layers, spec.layers[packet.layout.begin :], strict=False):
+        if (layer.kv_heads, layer.head_dim) != (shape.kv_heads, shape.head_dim):
+            raise PacketError("shapes", "KV heads or head_dim are not those of the model that the packet names")
 
 
 def _groups(layers: int, parts: int) -> list[tuple[int, int]]:
@@ -466,7 +517,7 @@ def _ranges(layout: Layout) -> dict[str, tuple[int, int]]:
 
 
 def _write_sections(
-    target: BinaryIO, cache: KVCache, spec: ModelSpec, layout: Layout, unrotate: bool
+    target: BinaryIO | Memory, cache: KVCache, spec: ModelSpec, layout: Layout, unrotate: bool
 ) -> dict[str, str]:
     """Encode layer by layer, each section's bytes to its own place; returns the sections' checksums."""
     origin = target.tell()
@@ -533,12 +584,12 @@ def _read_manifest(header: bytes) -> Manifest:
         metadata = json.loads(header)["__metadata__"]
         text, declared = metadata["kvtalk"], metadata["xxh3"]
         content = json.loads(text)
-        version = content["v"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        version, actual = content["v"], _sum(text.encode())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise PacketError("header", "not a kvtalk packet") from error
     if version != VERSION:
         raise PacketError("v", f"version {version!r} is unknown, this kvtalk reads version {VERSION}: upgrade kvtalk")
-    if _sum(text.encode()) != declared:
+    if actual != declared:
         raise PacketError("manifest", "checksum does not match: the packet was damaged")
     try:
         return Manifest.model_validate_json(text)
@@ -546,6 +597,13 @@ def _read_manifest(header: bytes) -> Manifest:
         first = error.errors()[0]
         field = str(first["loc"][0]) if first["loc"] else "manifest"
         raise PacketError(field, first["msg"]) from error
+
+
+def _as_tensor(data: memoryview) -> Tensor:
+    """The same memory as a tensor, which is only ever read."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given buffer is not writable")
+        return torch.frombuffer(data, dtype=torch.uint8) if len(data) else torch.empty(0, dtype=torch.uint8)
 
 
 def _verify(data: memoryview, manifest: Manifest, layout: Layout) -> None:

@@ -9,70 +9,22 @@ the mask of its own layer, built from positions. (Sliding windows and padding ar
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from kvtalk.cache import PADDING, KVCache, LayerCache
+from kvtalk.cache import PADDING, KVCache, LayerCache, LayerSource, Prefix
 from kvtalk.errors import CacheError, ModelError
 from kvtalk.rope import AngleTable, rotate
 from kvtalk.spec import LayerSpec, ModelSpec
 
 _GROWTH = 256
-
-
-class LayerSource(Protocol):
-    """Keys and values of one layer of one sequence, wherever they lie: in tensors, or still packed."""
-
-    @property
-    def positions(self) -> Tensor:
-        """``[1, tokens]`` int64 on the CPU."""
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """KV heads and head_dim."""
-
-    def keys_into(self, out: Tensor) -> None:
-        """Write the keys to ``out``, ``[1, kv_heads, tokens, head_dim]``."""
-
-    def values_into(self, out: Tensor) -> None:
-        """Write the values to ``out``, of the same shape."""
-
-
-@dataclass(frozen=True, eq=False)
-class Prefix:
-    """One sequence's cache on its way to be placed, layer by layer so that it never has to exist twice.
-
-    Attributes:
-        layers: every layer of the model in order; consumed once.
-        start: position of the first token of the context at the sharer.
-        length: the position after its last token.
-        longest: the most tokens that any layer holds.
-        rotated: whether the keys carry their rotary embedding.
-    """
-
-    layers: Iterable[LayerSource]
-    start: int
-    length: int
-    longest: int
-    rotated: bool
-
-    @classmethod
-    def of(cls, cache: KVCache, start: int = 0) -> Prefix:
-        """A cache of one sequence, from position ``start`` on."""
-        layers = cache.since(start).layers
-        longest = max(layer.tokens for layer in layers)
-        return cls(layers, start, cache.length[0], longest, cache.rotated)
-
-    def extent(self, gaps: bool) -> int:
-        """Positions it takes up at the receiver, with or without its holes."""
-        return self.length - self.start if gaps else self.longest
 
 
 class PlacedLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -120,7 +72,7 @@ class PlacedLayer(CacheLayerMixin):  # type: ignore[misc]
         return -1
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Follow the beams; all beams of a sequence have the same positions."""
+        """Take the given rows: follow the beams, whose positions are all the same, or repeat rows for them."""
         beam_idx = beam_idx.to(self._keys.device)
         self._keys, self._values = self._keys[beam_idx], self._values[beam_idx]
         self.keys, self.values = self._keys[:, :, : self.used], self._values[:, :, : self.used]
@@ -164,6 +116,15 @@ class PlacedCache(Cache):  # type: ignore[misc]
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns of the longest layer: what `generate` counts as already read."""
         return self.columns
+
+    def repeat_rows(self, times: int) -> None:
+        """Each row so many times in a row, for beams or several samples of one prompt."""
+        if times == 1:
+            return
+        rows = torch.arange(len(self.next_positions), device=self.next_positions.device).repeat_interleave(times)
+        self.reorder_cache(rows)
+        self._tracks = [track[rows] for track in self._tracks]
+        self.next_positions = self.next_positions[rows]
 
     def mark(self) -> Mark:
         """Where the cache stands, to come back to with :meth:`rewind`."""
@@ -291,7 +252,7 @@ def attending(model: PreTrainedModel) -> Iterator[None]:
             mask = torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill(~mask, blocked)
         return args, {**kwargs, "attention_mask": mask}
 
-    handles = [decoder.register_forward_pre_hook(announce, with_kwargs=True)]
+    handles = [model.register_forward_pre_hook(announce, with_kwargs=True)]
     handles += [
         module.register_forward_pre_hook(swap_mask, with_kwargs=True)
         for layer in decoder.layers

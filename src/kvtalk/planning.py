@@ -16,7 +16,7 @@ import torch
 
 from kvtalk.cache import Extent, KVCache
 from kvtalk.codecs import codec
-from kvtalk.errors import BudgetError
+from kvtalk.errors import BudgetError, CacheError, CodecError
 from kvtalk.layout import LayerLayout, Layout
 from kvtalk.selection.layers import select_layers
 from kvtalk.selection.tokens import kept_count, token_policy
@@ -45,8 +45,11 @@ LADDER = (
     Rung("int4:channel", "int4:token", "before"),
     Rung("int4:channel", "int2:token", "before"),
     Rung("int2:32x1", "int2:token", "before"),
+    Rung("int4:token", "int4:token", "before"),
+    Rung("int2:token", "int2:token", "before"),
 )
-"""What a budget chooses from, best first."""
+"""What a budget chooses from. The first ones are best when all tokens fit; the last two, whose scales do not span
+tokens, are the smallest when hardly any do."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +75,8 @@ class Budget:
         if not match:
             raise BudgetError(f"budget {text!r} is not a size: {_BUDGET_USAGE}")
         amount, unit = float(match[1]), match[2]
-        if amount == 0:
-            raise BudgetError(f"budget {text!r} must be above zero: {_BUDGET_USAGE}")
+        if amount == 0 or amount > 1e15:
+            raise BudgetError(f"budget {text!r} is out of range: {_BUDGET_USAGE}")
         if unit in ("bits", "bit", "bpv"):
             return cls(amount, "bits")
         if unit in ("%", "x"):
@@ -114,6 +117,11 @@ class Plan:
     seed: int = 0
 
     @property
+    def keeps_all(self) -> bool:
+        """Whether no token is dropped; ``keep=1`` is one token, ``keep=1.0`` all of them."""
+        return isinstance(self.keep, float) and self.keep == 1.0
+
+    @property
     def rung(self) -> Rung:
         """Its codecs."""
         return Rung(self.keys, self.values, self.rope)
@@ -149,7 +157,7 @@ class Plan:
         parts = [self.keys if self.keys == self.values else f"{self.keys}/{self.values}"]
         if self.rope == "before":
             parts.append("before")
-        if self.keep != 1.0:
+        if not self.keeps_all:
             keep = f"{100 * self.keep:g}%" if isinstance(self.keep, float) else str(self.keep)
             parts.append(f"{self.tokens}@{keep}")
         if self.layers != "all":
@@ -169,8 +177,11 @@ class Plan:
             sent = extent if index in chosen else Extent(0, 0, 0)
             kept = kept_count(self.keep, sent.tokens) if sent.tokens else 0
             size = (shape.kv_heads, shape.head_dim)
-            layers.append(LayerLayout(*size, sent.first, sent.span, kept, self.keys, self.values))
-        return Layout(0, tuple(layers), policy.positional)
+            layer = LayerLayout(*size, sent.first, sent.span, kept, self.keys, self.values)
+            layer.check_codecs()
+            layers.append(layer)
+        whole = all(extent.tokens == extent.span for extent in extents)
+        return Layout(0, tuple(layers), policy.positional and whole)
 
     def apply(self, cache: KVCache, spec: ModelSpec) -> KVCache:
         """The chosen tokens of the chosen layers, keys rotated or not as planned."""
@@ -201,12 +212,14 @@ def fit(
 
     Raises:
         BudgetError: even one token a layer in the smallest codec is too large; says what would fit.
+        CacheError: the cache holds NaN or infinity.
     """
     base = base or Plan()
-    sample = KVCache(tuple(layer.span(0, _SAMPLE_TOKENS) for layer in cache.layers), cache.length)
+    sample = KVCache(tuple(layer.span(0, _SAMPLE_TOKENS) for layer in cache.layers), cache.length, cache.rotated)
     samples = {"after": sample, "before": sample.unrotated(spec)}
     best: tuple[float, Plan] | None = None
     smallest: int | None = None
+    refusal: CodecError | None = None
     for rung in ladder:
         plan = replace(base, keys=rung.keys, values=rung.values, rope=rung.rope)
         least = size(replace(plan, keep=1))
@@ -215,15 +228,22 @@ def fit(
         if keep is None:
             continue
         plan = replace(plan, keep=keep)
-        distortion = estimate_distortion(cache, samples[rung.rope], spec, plan)
+        try:
+            distortion = estimate_distortion(cache, samples[rung.rope], spec, plan)
+        except CodecError as error:
+            refusal = error  # values beyond what this rung can hold
+            continue
         if best is None or distortion < best[0]:
             best = distortion, plan
-        if keep == 1.0:
+        if plan.keeps_all:
             break  # lower rungs only lose more
+    if best is None and refusal is not None:
+        raise CacheError(f"no codec can pack this cache: {refusal}") from refusal
     if best is None:
+        codecs = f" with {ladder[0].keys}/{ladder[0].values}" if len(ladder) == 1 else ""
         raise BudgetError(
             f"a budget of {limit:,} bytes is too small: "
-            f"the smallest possible packet of this context takes {smallest:,} bytes"
+            f"the smallest possible packet of this context{codecs} takes {smallest:,} bytes"
         )
     return best[1]
 

@@ -1,4 +1,4 @@
-"""16-bit floats as they are."""
+"""Floats as they are."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from kvtalk.errors import CodecError
 
 
 class Plain(Codec):
-    """Values rounded to a 16-bit float type; bf16 is exact for a model that computes in bf16."""
+    """Values rounded to a float type; exact for a model that computes in it."""
 
-    bits = 16
     dtype: ClassVar[torch.dtype]
 
     @property
@@ -28,6 +27,8 @@ class Plain(Codec):
         return cast.view(torch.uint8), torch.empty(0, dtype=torch.uint8)
 
     def decode(self, codes: Tensor, scales: Tensor, out: Tensor) -> None:
+        if codes.storage_offset() % self.dtype.itemsize:
+            codes = codes.clone()  # in a packet they may begin at an odd byte
         out.copy_(codes.view(self.dtype))
 
 
@@ -35,6 +36,7 @@ class BF16(Plain):
     """bfloat16."""
 
     family = "bf16"
+    bits = 16
     dtype = torch.bfloat16
 
 
@@ -42,4 +44,13 @@ class FP16(Plain):
     """IEEE half precision: three more bits of mantissa than bf16, up to 65,504."""
 
     family = "fp16"
+    bits = 16
     dtype = torch.float16
+
+
+class FP32(Plain):
+    """IEEE single precision, for exact transfers of models that compute in it."""
+
+    family = "fp32"
+    bits = 32
+    dtype = torch.float32

@@ -7,10 +7,10 @@ from functools import lru_cache
 from kvtalk.codecs.base import Blocks, Codec
 from kvtalk.codecs.integer import Int2, Int4, Int8
 from kvtalk.codecs.nf4 import NF4
-from kvtalk.codecs.plain import BF16, FP16
+from kvtalk.codecs.plain import BF16, FP16, FP32
 from kvtalk.errors import CodecError
 
-CODECS: dict[str, type[Codec]] = {family.family: family for family in (BF16, FP16, Int8, Int4, Int2, NF4)}
+CODECS: dict[str, type[Codec]] = {family.family: family for family in (FP32, BF16, FP16, Int8, Int4, Int2, NF4)}
 
 ALIASES = {"token": Blocks(1, 0), "channel": Blocks(64, 1)}
 """``token``: one scale a head and token. ``channel``: one a head and channel, for every 64 tokens."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from kvtalk.evaluation.arms import parse_arms
@@ -18,12 +19,13 @@ from kvtalk.evaluation.runner import Arm, run
 from kvtalk.link import Answer, Link
 
 MODELS = ("smollm2-135m", "gemma3-270m")
-ARMS = ("none", "text", "wrong", "bf16", "budget=50%", "budget=25%", "budget=10%", "budget=5%")
+ARMS = ("none", "text", "wrong", "zeroed", "bf16", "budget=50%", "budget=25%", "budget=10%", "budget=5%")
 TIMED_QUESTIONS = 3
 TITLES = {
     "none": "no context",
     "text": "context as text",
     "wrong": "another text's cache",
+    "zeroed": "its cache, all zero",
     "bf16": "cache, bf16",
 }
 
@@ -71,10 +73,11 @@ def _first_token_ms(link: Link, item: Item, arm: Arm) -> float:
 
 
 def _show_one(console: Console, link: Link, item: Item, arms: Sequence[Arm]) -> None:
-    console.print(f"[dim]{item.context}[/]\n[bold]{item.question}[/] (right: {item.answers[0]})")
-    for arm in arms:
+    console.print(f"[dim]{escape(item.context)}[/]")
+    console.print(f"[bold]{escape(item.question)}[/] (right: {escape(item.answers[0])})")
+    for arm in (arm for arm in arms if arm.kind != "zeroed"):
         made = _ask(link, item, arm)
-        console.print(f"  {_title(arm.name):22} {made.cost.bytes:>10,} bytes  {made.text}", highlight=False)
+        console.print(f"  {_title(arm.name):22} {made.cost.bytes:>10,} bytes  {escape(made.text)}", highlight=False)
 
 
 def _title(name: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -41,10 +42,12 @@ def load_items(path: Path | str, limit: int | None = None) -> list[Item]:
     path = Path(path)
     try:
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        lines = raw.decode("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = raw.decode("utf-8").removesuffix("\n").split("\n")  # not splitlines: U+2028 is no end of a line
+    except (OSError, UnicodeDecodeError, EOFError, zlib.error) as error:
         raise InputError(f"cannot read {path}: {error}") from error
     items = []
+    if lines == [""]:
+        raise InputError(f"{path}: no items")
     for number, line in enumerate(lines[:limit], 1):
         try:
             items.append(Item.model_validate_json(line))
@@ -54,8 +57,6 @@ def load_items(path: Path | str, limit: int | None = None) -> list[Item]:
                 f"{path}, line {number}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}; "
                 f"expected the fields {', '.join(Item.model_fields)}"
             ) from error
-    if not items:
-        raise InputError(f"{path}: no items")
     return items
 
 

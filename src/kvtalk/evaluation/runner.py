@@ -28,13 +28,14 @@ from rich.progress import (
 )
 
 import kvtalk
-from kvtalk.cache import KVCache, LayerCache
+from kvtalk.cache import KVCache, LayerCache, Prefix
 from kvtalk.errors import InputError
 from kvtalk.evaluation.items import Item, digest
 from kvtalk.evaluation.metrics import Interval, bootstrap, contains_answer, exact_match, f1
 from kvtalk.link import Link, bits_per_value
-from kvtalk.placement import PlacedCache, Prefix
+from kvtalk.placement import PlacedCache
 from kvtalk.planning import Budget, Plan
+from kvtalk.transport.file import saving
 
 Kind = Literal["none", "text", "cache", "wrong", "zeroed"]
 
@@ -100,38 +101,41 @@ def run(
     Raises:
         InputError: the folder holds another run.
     """
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write into {out}: {error.strerror}") from error
     manifest = _manifest(link, items, arms, max_new_tokens)
     _claim(out / "manifest.json", manifest)
     log = out / "items.partial.jsonl"
     records = _read_log(log) if log.exists() else read_records(out)
+    _write(log, "".join(_line(record) for record in records).encode())
     done = {(record.id, record.arm) for record in records}
     others = _other_contexts(items)
-    with log.open("w", encoding="utf-8") as file, _bar() as bar:
-        file.writelines(json.dumps(asdict(record)) + "\n" for record in records)
+    with log.open("a", encoding="utf-8") as file, _bar() as bar:
         task = bar.add_task("items x arms", total=len(items) * len(arms), completed=len(done))
         for start in range(0, len(items), batch):
             group = items[start : start + batch]
             wanted = [arm for arm in arms if any((item.id, arm.name) not in done for item in group)]
             for made in _run_batch(link, group, others[start : start + batch], wanted, max_new_tokens):
                 fresh = [record for record in made if (record.id, record.arm) not in done]
-                file.writelines(json.dumps(asdict(record)) + "\n" for record in fresh)
+                file.writelines(map(_line, fresh))
                 file.flush()
                 records += fresh
                 bar.advance(task, len(fresh))
-    _write_gzip(out / "items.jsonl.gz", records)
+    _write(out / "items.jsonl.gz", gzip.compress("".join(map(_line, records)).encode(), mtime=0))
     summary = summarize(records, arms)
     _write_summary(out, summary)
     log.unlink()
     return summary
 
 
-COLUMNS = ("arm", "F1", "EM", "contains", "NLL", "bytes", "bits/value", "F1 - wrong cache", "F1 - text")
+COLUMNS = ("arm", "F1", "EM", "contains", "NLL", "bytes", "bits/value", "F1 bought", "F1 - text")
 
 
 def cells(row: dict[str, Any]) -> list[str]:
     """An arm of a summary as text, under :data:`COLUMNS`."""
-    differences = [row.get(f"f1_minus_{reference}") for reference in ("wrong", "text")]
+    differences = [row.get("f1_bought"), row.get("f1_minus_text")]
     return [
         row["arm"],
         "{:.1f} [{:.1f}, {:.1f}]".format(*row["f1"]),
@@ -168,16 +172,22 @@ def read_records(out: Path) -> list[Record]:
     file = out / "items.jsonl.gz"
     if not file.exists():
         return []
-    return [Record(**json.loads(line)) for line in gzip.decompress(file.read_bytes()).decode().splitlines()]
+    return [Record(**json.loads(line)) for line in gzip.decompress(file.read_bytes()).decode().split("\n") if line]
 
 
 def summarize(records: Sequence[Record], arms: Sequence[Arm]) -> dict[str, Any]:
-    """Figures per arm: means with 95% bootstrap intervals, and paired differences in F1 to text and to its control."""
+    """Figures per arm: means with 95% bootstrap intervals, and paired differences in F1.
+
+    ``f1_bought`` is the figure minus that of the best destroyed cache, wrong or zeroed: what the sharer bought.
+    """
     by_arm: dict[str, dict[str, Record]] = {arm.name: {} for arm in arms}
     for record in records:
         by_arm[record.arm][record.id] = record
-    references = {kind: next((arm.name for arm in arms if arm.kind == kind), None) for kind in ("text", "wrong")}
-    return {"arms": [{"kind": arm.kind, **_row(arm.name, by_arm, references)} for arm in arms]}
+    text = next((arm.name for arm in arms if arm.kind == "text"), None)
+    destroyed = [arm.name for arm in arms if arm.kind in ("wrong", "zeroed")]
+    best = max(destroyed, key=lambda name: sum(record.f1 for record in by_arm[name].values()), default=None)
+    references = {"f1_bought": best, "f1_minus_text": text}
+    return {"control": best, "arms": [{"kind": arm.kind, **_row(arm.name, by_arm, references)} for arm in arms]}
 
 
 def _row(name: str, by_arm: dict[str, dict[str, Record]], references: dict[str, str | None]) -> dict[str, Any]:
@@ -192,7 +202,7 @@ def _row(name: str, by_arm: dict[str, dict[str, Record]], references: dict[str, 
     for kind, reference in references.items():
         if reference is not None and reference != name:
             other = by_arm[reference]
-            row[f"f1_minus_{kind}"] = _rounded(bootstrap([100 * (group[i].f1 - other[i].f1) for i in group]))
+            row[kind] = _rounded(bootstrap([100 * (group[i].f1 - other[i].f1) for i in group]))
     return row
 
 
@@ -327,13 +337,13 @@ def _claim(file: Path, manifest: dict[str, Any]) -> None:
                 f"{file.parent} holds another run ({', '.join(different)} differ): give another --out, or remove it"
             )
         return
-    file.write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
+    _write(file, (json.dumps(manifest, indent=1) + "\n").encode())
 
 
 def _read_log(log: Path) -> list[Record]:
     """Records of an interrupted run; a line that was cut off is dropped."""
     records = []
-    for line in log.read_text("utf-8").splitlines():
+    for line in log.read_text("utf-8").split("\n"):
         try:
             records.append(Record(**json.loads(line)))
         except (ValueError, TypeError):
@@ -343,15 +353,21 @@ def _read_log(log: Path) -> list[Record]:
 
 def _write_summary(out: Path, summary: dict[str, Any]) -> None:
     rows = ",\n".join(json.dumps(row) for row in summary["arms"])
-    (out / "summary.json").write_text(f'{{"arms": [\n{rows}\n]}}\n', "utf-8")
+    (out / "summary.json").write_text(
+        f'{{"control": {json.dumps(summary["control"])}, "arms": [\n{rows}\n]}}\n', "utf-8"
+    )
     lines = ["| " + " | ".join(COLUMNS) + " |", "| --- " * len(COLUMNS) + "|"]
     lines += ["| " + " | ".join(cells(row)) + " |" for row in summary["arms"]]
     (out / "table.md").write_text("\n".join(lines) + "\n", "utf-8")
 
 
-def _write_gzip(file: Path, records: Sequence[Record]) -> None:
-    text = "".join(json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in records)
-    file.write_bytes(gzip.compress(text.encode(), mtime=0))
+def _line(record: Record) -> str:
+    return json.dumps(asdict(record)) + "\n"  # ASCII, so that no character of an answer ends a line
+
+
+def _write(file: Path, content: bytes) -> None:
+    with saving(file) as target:
+        target.write(content)
 
 
 def _bar() -> Progress:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import http.client
 import tempfile
-import urllib.error
 import urllib.request
 
 from kvtalk.errors import InputError
@@ -35,5 +35,5 @@ def fetch(url: str, max_bytes: int = MAX_BYTES, timeout: float = 30.0) -> memory
                     spool.write(chunk)
                 spool.flush()
                 return mapped(spool, url, max_bytes)
-    except (urllib.error.URLError, OSError, ValueError) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise InputError(f"cannot fetch {url}: {getattr(error, 'reason', error)}") from error
