@@ -142,3 +142,13 @@ def test_the_wrong_cache_needs_a_second_context(tmp_path: Path) -> None:
     lm = tiny_lm("llama")
     with pytest.raises(InputError, match="two different contexts"):
         run(Link(lm, lm), samples()[:2], parse_arms(["wrong"]), tmp_path)
+
+
+def test_odd_characters_in_answers_and_files_break_no_line(tmp_path: Path) -> None:
+    odd = "a\u2028b\u0085c"
+    rows = [item.model_copy(update={"question": odd}) for item in samples()[:2]]
+    (tmp_path / "a.jsonl").write_text("".join(row.model_dump_json() + "\n" for row in rows), "utf-8")
+    assert [item.question for item in load_items(tmp_path / "a.jsonl")] == [odd, odd]
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b"{}" * 500)[:-20])
+    with pytest.raises(InputError, match="cannot read"):
+        load_items(tmp_path / "cut.jsonl.gz")

@@ -7,7 +7,7 @@ from io import BytesIO
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
 
 from conftest import ARCHITECTURES, WINDOW, tiny_config, tiny_lm
 from kvtalk import packet as wire
@@ -105,15 +105,29 @@ def test_batched_prefill_equals_each_row_alone(arch: str) -> None:
 
 
 @each_architecture
-@pytest.mark.parametrize("plan", [Plan(), Plan(rope="before")], ids=str)
-def test_prefix_moved_by_any_offset_equals_native_at_those_positions(arch: str, plan: Plan) -> None:
+@pytest.mark.parametrize("offset", [1, 37, 1000])
+def test_prefix_moved_by_any_offset_equals_native_at_those_positions(arch: str, offset: int) -> None:
     lm = tiny_lm(arch)
     context, prompt = lm.encode(TEXT), lm.encode(PROMPT)
-    offset = 37
     moved = lm.prefill([context]).moved(offset, lm.spec)
     placed = lm.place([[Prefix(moved.layers, 0, moved.length[0], len(context), True)]], head=False)
     logits = lm.logits([prompt], placed)[0]
     assert (logits - native_logits(lm, context + prompt, len(prompt), offset)).abs().max() < TOLERANCE
+
+
+@each_architecture
+@pytest.mark.parametrize("rope", ["after", "before"])
+def test_fp32_packet_gives_native_logits_and_tokens(arch: str, rope: str) -> None:
+    """Through real bytes, at the sharer's positions and moved behind a head that the sharer did not read."""
+    lm = tiny_lm(arch)
+    context, prompt = lm.encode(TEXT), lm.encode(PROMPT)
+    cache = lm.prefill([context])
+    plan = Plan("fp32", "fp32", rope)  # type: ignore[arg-type]
+    placed = lm.place([[through_packet(lm, cache, plan)]], head=False)
+    logits = lm.logits([prompt], placed)[0]
+    assert (logits - native_logits(lm, context + prompt, len(prompt))).abs().max() < TOLERANCE
+    again = lm.place([[through_packet(lm, cache, plan)]], head=False)
+    assert lm.generate([prompt], again, max_new_tokens=24)[0].ids == native_generation(lm, context + prompt, 24)
 
 
 @each_architecture
@@ -169,13 +183,12 @@ def test_several_packets_in_a_row_continue_one_sequence(arch: str) -> None:
     """A later turn sends only what is new."""
     lm = tiny_lm(arch)
     first, second, prompt = lm.encode(TEXT), lm.encode(" It was foggy."), lm.encode(PROMPT)
-    both = rounded(lm.prefill([first + second]))
-    early = rounded(lm.prefill([first]))
-    prefixes = [through_packet(lm, early, Plan()), through_packet(lm, both, Plan(), start=len(first))]
+    exact = Plan("fp32", "fp32")
+    early, both = lm.prefill([first]), lm.prefill([first + second])
+    prefixes = [through_packet(lm, early, exact), through_packet(lm, both, exact, start=len(first))]
     # What of the first text a sliding layer no longer needs is in the first packet all the same, and masked.
     logits = lm.logits([prompt], lm.place([prefixes], head=False))[0]
-    whole = lm.logits([prompt], lm.place([[Prefix.of(both.attendable(lm.spec))]], head=False))[0]
-    assert (logits - whole).abs().max() < TOLERANCE
+    assert (logits - native_logits(lm, first + second + prompt, len(prompt))).abs().max() < TOLERANCE
 
 
 @pytest.mark.parametrize("arch", [name for name in ARCHITECTURES if name not in WINDOWED])
@@ -241,3 +254,31 @@ def test_rewinding_forgets_what_was_read_since_the_mark() -> None:
     first = lm.logits(prompts, placed)
     placed.rewind(mark)
     assert torch.equal(lm.logits(prompts, placed), first)
+
+
+def test_beams_and_several_samples_of_one_prompt() -> None:
+    lm = tiny_lm("gemma3")
+    context, prompt = lm.encode(TEXT), lm.encode(PROMPT)
+    ids = torch.tensor([context + prompt])
+    with torch.no_grad():
+        native = lm.model.generate(ids, max_new_tokens=8, num_beams=3, do_sample=False, pad_token_id=0)
+    placed = lm.place([[Prefix.of(lm.prefill([context]).attendable(lm.spec))]], head=False)
+    made = lm.generate([prompt], placed, max_new_tokens=8, num_beams=3)
+    assert [one.ids for one in made] == [tuple(native[0, ids.shape[1] :].tolist())]
+    placed = lm.place([[Prefix.of(lm.prefill([context]))]], head=False)
+    assert len(lm.generate([prompt], placed, max_new_tokens=4, do_sample=True, num_return_sequences=3)) == 3
+
+
+def test_a_multimodal_gemma_answers_from_a_cache() -> None:
+    """Its outer model hands the text model one mask per kind of layer."""
+    text = {**tiny_config("gemma3").to_dict()}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    vision |= {"image_size": 14, "patch_size": 14}
+    torch.manual_seed(0)
+    config = Gemma3Config(text_config=text, vision_config=vision, image_token_index=255)
+    model = Gemma3ForConditionalGeneration(config)
+    lm = LM(model, tiny_lm("gemma3").tokenizer, "multimodal", tiny_lm("gemma3").prompt)
+    context, prompt = lm.encode(TEXT), lm.encode(PROMPT)
+    cache = lm.prefill([context]).attendable(lm.spec)
+    logits = lm.logits([prompt], lm.place([[Prefix.of(cache)]], head=False))[0]
+    assert (logits - native_logits(lm, context + prompt, len(prompt))).abs().max() < TOLERANCE

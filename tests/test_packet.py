@@ -18,7 +18,7 @@ from conftest import bare_spec, random_cache
 from kvtalk import packet as wire
 from kvtalk.cache import KVCache
 from kvtalk.codecs import CODECS
-from kvtalk.errors import CacheError, KVTalkError, PacketError
+from kvtalk.errors import CacheError, CodecError, KVTalkError, PacketError
 from kvtalk.packet import Packet
 from kvtalk.planning import Plan
 from kvtalk.selection.tokens import TOKEN_POLICIES
@@ -202,6 +202,16 @@ def test_another_models_fingerprint() -> None:
     [
         {"end": 2**60},
         {"start": -1},
+        {"start": 5},
+        {"start": 50},
+        {"longest": 0},
+        {"longest": 6},
+        {"end": 4},
+        {"shapes": [[0, 16, 0, 5, 3, 0, 1]]},
+        {"shapes": [[2, 1, 0, 5, 3, 0, 1]]},
+        {"shapes": [[2, 16, 0, 2**24, 0, 0, 1]]},
+        {"shapes": [[4, 16, 0, 5, 0, 0, 1]], "sums": []},
+        {"model": "bare" + ":\ud800" * 4},
         {"longest": 10**9},
         {"shapes": [[4096, 4096, 0, 2**24, 2**24, 0, 1]], "end": 2**24, "longest": 2**24},
         {"shapes": [[2, 16, 0, 5, 6, 0, 1]]},
@@ -294,3 +304,49 @@ def test_random_manifests_never_raise_anything_else(changes: dict[str, object]) 
         return
     with pytest.raises(PacketError):
         read_all(remade(blob, **changes))
+
+
+def test_an_unrotated_cache_is_not_written_as_rotated() -> None:
+    cache = random_cache(SPEC, 5)
+    with pytest.raises(CacheError, match="not rotated"):
+        wire.encode(cache.unrotated(SPEC), Plan(), SPEC)
+    with pytest.raises(CacheError, match="begins before position 2"):
+        wire.encode(cache, Plan(), SPEC, start=2)
+    before = wire.to_cache([Packet.parse(wire.encode(cache, Plan("fp32", "fp32", "before"), SPEC))], SPEC)
+    again = read_all(bytes(wire.encode(before.rotated_as(SPEC), Plan("fp32", "fp32"), SPEC)))
+    assert (again.layers[0].keys - cache.layers[0].keys).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("policy", ["front", "value_norm"])
+def test_layers_that_already_have_holes_keep_their_own(policy: str) -> None:
+    cache = random_cache(SPEC, 6).take([torch.tensor([0, 2, 5]), torch.tensor([0, 3, 5])])
+    got = read_all(bytes(wire.encode(cache, Plan("fp32", "fp32", tokens=policy), SPEC)))
+    assert [layer.positions.tolist() for layer in got.layers] == [[[0, 2, 5]], [[0, 3, 5]]]
+    for one, other in zip(got.layers, cache.layers, strict=True):
+        assert torch.equal(one.keys, other.keys)
+
+
+@pytest.mark.parametrize("name", ["bf16", "int8:token"])
+def test_nan_in_a_received_packet_is_refused(name: str) -> None:
+    """Made by someone who also mends the checksums."""
+    blob = bytearray(wire.encode(random_cache(SPEC, 5), Plan(name, name), SPEC))
+    packet = Packet.parse(bytes(blob))
+    section = "value_scales" if name.startswith("int8") else "values"
+    begin, end = wire._ranges(packet.layout)[section]
+    origin = len(blob) - sum(packet.layout.section_sizes().values())
+    blob[origin + begin : origin + begin + 2] = b"\xff\xff"
+    sums = list(packet.manifest.sums)
+    sums[list(packet.layout.section_sizes()).index(section)] = xxhash.xxh3_64_hexdigest(
+        bytes(blob[origin + begin : origin + end])
+    )
+    with pytest.raises(PacketError, match="values: NaN or infinity"):
+        read_all(remade(bytes(blob), sums=sums))
+
+
+def test_sections_may_begin_at_an_odd_byte() -> None:
+    spec = bare_spec(1, 1, 12)
+    cache = random_cache(spec, 3)
+    for plan in (Plan("int2", "int2"), Plan("int2", "fp32"), Plan("int2", "bf16")):
+        assert len(read_all(bytes(wire.encode(cache, plan, spec)), spec).layers) == 1
+    with pytest.raises(CodecError, match="whole bytes"):
+        wire.predict(random_cache(bare_spec(1, 1, 6), 3), Plan("int2", "int2"), bare_spec(1, 1, 6))

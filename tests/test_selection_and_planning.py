@@ -191,3 +191,32 @@ def test_dropping_everything_of_a_layer_leaves_the_others() -> None:
     got = wire.to_cache([wire.Packet.parse(wire.encode(cache, Plan(layers="last:1"), SPEC))], SPEC)
     assert [layer.tokens for layer in got.layers] == [0, 12]
     assert torch.equal(got.layers[1].positions, torch.arange(12)[None])
+
+
+def test_one_token_is_not_all_tokens() -> None:
+    assert Plan(keep=1) != Plan(keep=2)
+    assert Plan(keep=1.0).keeps_all
+    assert not Plan(keep=1).keeps_all
+    assert str(Plan(keep=1)) != str(Plan())
+    spec = bare_spec(30, 3, 64)
+    cache = random_cache(spec, 300)
+    plan = fit(cache, spec, 60_000, lambda candidate: wire.predict(cache, candidate, spec))
+    assert isinstance(plan.keep, int)
+    assert plan.keep > 5
+
+
+def test_the_smallest_possible_packet_is_the_smallest() -> None:
+    spec = bare_spec(30, 3, 64)
+    cache = random_cache(spec, 300)
+    with pytest.raises(BudgetError) as caught:
+        fit(cache, spec, 2000, lambda plan: wire.predict(cache, plan, spec))
+    smallest = int(str(caught.value).split(" takes ")[1].split(" ")[0].replace(",", ""))
+    for name in ("bf16", "int8", "int4", "nf4", "int2", "int4:channel", "int2:32x1"):
+        assert wire.predict(cache, Plan(name, name, keep=1), spec) >= smallest
+
+
+def test_values_beyond_the_quantized_codecs_leave_bf16() -> None:
+    cache = random_cache(SPEC, 100)
+    cache.layers[0].keys[0, 0, 3, 3] = 1e6
+    full = wire.predict(cache, Plan(), SPEC)
+    assert planned(cache, full // 2).keys == "bf16"

@@ -133,14 +133,14 @@ def share(
     from kvtalk.transport import file
 
     with file.saving(out_file) as target:
-        shared = side.write(target, text, budget, chosen, parts)
-    report = {"file": str(out_file), "plan": str(shared.plan), **asdict(shared.cost)}
+        used, cost = side.write(target, text, budget, chosen, parts)
+    report = {"file": str(out_file), "plan": str(used), **asdict(cost)}
     if as_json:
         out.print_json(json.dumps(report))
         return
     out.print(
-        f"{escape(str(out_file))}: {shared.cost.bytes:,} bytes for {shared.cost.context_tokens} tokens, "
-        f"{shared.cost.bits_per_value:.2f} bits per value, plan: {shared.plan}"
+        f"{escape(str(out_file))}: {cost.bytes:,} bytes for {cost.context_tokens} tokens, "
+        f"{cost.bits_per_value:.2f} bits per value, plan: {used}"
     )
     out.print(escape(f"next: kvtalk answer --cache {out_file} --receiver {sharer} --question '...'"))
 
@@ -413,7 +413,7 @@ def _answers_table(rows: dict[str, Answer], text: str) -> Table:
             escape(row.text) or "(nothing)",
             size,
             f"{cost.bits_per_value:.2f}" if row.plan else "",
-            f"{1000 * (cost.decode_and_place + cost.first_token):.0f} ms",
+            f"{1000 * (cost.decode + cost.place + cost.first_token):.0f} ms",
         )
     return table
 
@@ -422,7 +422,7 @@ def _phases_table(made: Answer) -> Table:
     cost = made.cost
     title = f"the cache's way: {cost.bytes:,} bytes, {cost.bits_per_value:.2f} bits per value"
     table = Table("phase", "ms", title=title if made.plan is None else f"{title}\nplan: {made.plan}")
-    for phase in ("prefill", "encode", "decode_and_place", "first_token", "rest"):
+    for phase in ("prefill", "encode", "decode", "place", "first_token", "rest"):
         seconds = getattr(cost, phase)
         if seconds:
             table.add_row(phase.replace("_", " "), f"{1000 * seconds:.0f}")

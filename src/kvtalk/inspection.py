@@ -16,14 +16,14 @@ def as_dict(packet: Packet) -> dict[str, Any]:
         "bytes": packet.size,
         "overhead_bytes": packet.size - sum(sections.values()),
         "context_tokens": packet.manifest.end - packet.manifest.start,
-        "bits_per_value": round(bits_per_value(packet), 4),
+        "bits_per_value": round(bits_per_covered_value(packet), 4),
         "layers_sent": packet.layout.sent_layers,
         "sections": sections,
         "manifest": packet.manifest.model_dump(),
     }
 
 
-def bits_per_value(packet: Packet) -> float:
+def bits_per_covered_value(packet: Packet) -> float:
     """The packet's bits over the values of the context's whole cache in the layers that the packet covers."""
     tokens = packet.manifest.end - packet.manifest.start
     values = sum(2 * layer.kv_heads * layer.head_dim * tokens for layer in packet.layout.layers)
@@ -36,7 +36,7 @@ def table(packet: Packet) -> Table:
     tokens = manifest.end - manifest.start
     shown = Table("", "", title=f"kvtalk packet, part {manifest.part[0]} of {manifest.part[1]}", show_header=False)
     shown.add_row("size", f"{packet.size:,} bytes ({packet.size - sum(sections.values())} of them overhead)")
-    shown.add_row("bits per value", f"{bits_per_value(packet):.3f}")
+    shown.add_row("bits per value", f"{bits_per_covered_value(packet):.3f}")
     shown.add_row("context", f"{tokens} tokens, positions {manifest.start} to {manifest.end - 1}")
     shown.add_row("kept", f"at most {manifest.longest} tokens a layer")
     sent = packet.layout.sent_layers

@@ -6,14 +6,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from io import BytesIO
 from typing import Any, BinaryIO
 
 import torch
+from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 from kvtalk import packet as wire
-from kvtalk.cache import KVCache, Prefix
+from kvtalk.cache import KVCache, LayerSource, Prefix
 from kvtalk.errors import BudgetError, InputError
 from kvtalk.models import LM, Generation
 from kvtalk.planning import Budget, Plan, fit
@@ -29,7 +29,8 @@ class Cost:
         context_tokens: tokens of the context.
         prefill: seconds the sharer read the context.
         encode: seconds to select, plan and encode.
-        decode_and_place: seconds from the packet's bytes to a cache before the prompt.
+        decode: seconds to verify and unpack the packet.
+        place: seconds to turn its keys and put it before the prompt; layer by layer in turns with decoding.
         first_token: seconds from there to the first token of the answer.
         rest: seconds for the rest of the answer.
     """
@@ -39,7 +40,8 @@ class Cost:
     context_tokens: int
     prefill: float = 0.0
     encode: float = 0.0
-    decode_and_place: float = 0.0
+    decode: float = 0.0
+    place: float = 0.0
     first_token: float = 0.0
     rest: float = 0.0
 
@@ -134,9 +136,12 @@ class Sharer:
             InputError: an unusable context.
             BudgetError: a budget that cannot be met.
         """
-        target = BytesIO()
-        made = self.write(target, context, budget, plan)
-        return replace(made, blob=target.getbuffer())
+        with _timed(self.lm) as prefill:
+            cache = self.read(context)
+        with _timed(self.lm) as encoding:
+            plan = self.plan(cache, budget, plan)
+            blob = self.encode(cache, plan)
+        return Shared(blob, plan, self._cost(len(blob), cache, prefill(), encoding()))
 
     def write(
         self,
@@ -145,11 +150,11 @@ class Sharer:
         budget: Budget | str | None = None,
         plan: Plan | None = None,
         parts: int = 1,
-    ) -> Shared:
+    ) -> tuple[Plan, Cost]:
         """Read a context and write its cache into an open, seekable file, one packet or several by layer group.
 
         Returns:
-            plan and cost; the blob is empty.
+            how it was packed, and what that took.
 
         Raises:
             InputError: an unusable context.
@@ -160,10 +165,10 @@ class Sharer:
         with _timed(self.lm) as encoding:
             plan = self.plan(cache, budget, plan, parts)
             size = wire.write(target, cache, plan, self.lm.spec, self.start, parts)
-        tokens = cache.length[0] - self.start
-        return Shared(memoryview(b""), plan, self._cost(size, tokens, prefill(), encoding()))
+        return plan, self._cost(size, cache, prefill(), encoding())
 
-    def _cost(self, size: int, tokens: int, prefill: float, encoding: float) -> Cost:
+    def _cost(self, size: int, cache: KVCache, prefill: float, encoding: float) -> Cost:
+        tokens = cache.length[0] - self.start
         return Cost(size, bits_per_value(size, tokens, self.lm), tokens, prefill, encoding)
 
 
@@ -205,18 +210,22 @@ class Receiver:
             PacketError: damaged, or of another model.
             InputError: an empty question.
         """
-        with _timed(self.lm) as placing:
+        prompt = self.prompt(question)
+        with _timed(self.lm) as opening:
             received = self.prefix(blob)
-            prompt = self.prompt(question)
-            placed = self.lm.place([[received]], room=len(prompt) + max_new_tokens, gaps=gaps)
-        decode_and_place = placing()
+        decoding = _Stopwatch(self.lm, opening())
+        with _timed(self.lm) as both:
+            watched = replace(received, layers=(_Watched(layer, decoding) for layer in received.layers))
+            placed = self.lm.place([[watched]], room=len(prompt) + max_new_tokens, gaps=gaps)
+        decode, place = decoding.seconds, opening() + both() - decoding.seconds
         made = self.lm.generate([prompt], placed, max_new_tokens=max_new_tokens, streamer=streamer, **options)[0]
         tokens = received.length - received.start
         cost = Cost(
             len(blob),
             bits_per_value(len(blob), tokens, self.lm),
             tokens,
-            decode_and_place=decode_and_place,
+            decode=decode,
+            place=place,
             first_token=made.first_token_seconds,
             rest=made.rest_seconds,
         )
@@ -295,6 +304,41 @@ class Link:
 def bits_per_value(size: int, tokens: int, lm: LM) -> float:
     """Bits of ``size`` bytes over the values of the whole bf16 cache of that many tokens."""
     return 8 * size / (tokens * lm.spec.values_per_token)
+
+
+class _Stopwatch:
+    """Adds up the seconds of what it runs, the device's work included."""
+
+    def __init__(self, lm: LM, seconds: float) -> None:
+        self.lm, self.seconds = lm, seconds
+
+    def run(self, work: Callable[[Tensor], None], out: Tensor) -> None:
+        """Run ``work`` on ``out``."""
+        start = _now(self.lm)
+        work(out)
+        self.seconds += _now(self.lm) - start
+
+
+@dataclass(frozen=True, eq=False)
+class _Watched:
+    """A layer whose unpacking is timed."""
+
+    layer: LayerSource
+    watch: _Stopwatch
+
+    @property
+    def positions(self) -> Tensor:
+        return self.layer.positions
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.layer.shape
+
+    def keys_into(self, out: Tensor) -> None:
+        self.watch.run(self.layer.keys_into, out)
+
+    def values_into(self, out: Tensor) -> None:
+        self.watch.run(self.layer.values_into, out)
 
 
 @contextmanager

@@ -69,7 +69,7 @@ def _ask(link: Link, item: Item, arm: Arm) -> Answer:
 
 def _first_token_ms(link: Link, item: Item, arm: Arm) -> float:
     cost = _ask(link, item, arm).cost
-    return 1000 * (cost.decode_and_place + cost.first_token)
+    return 1000 * (cost.decode + cost.place + cost.first_token)
 
 
 def _show_one(console: Console, link: Link, item: Item, arms: Sequence[Arm]) -> None:

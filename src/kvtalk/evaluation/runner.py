@@ -358,7 +358,7 @@ def _write_summary(out: Path, summary: dict[str, Any]) -> None:
     )
     lines = ["| " + " | ".join(COLUMNS) + " |", "| --- " * len(COLUMNS) + "|"]
     lines += ["| " + " | ".join(cells(row)) + " |" for row in summary["arms"]]
-    (out / "table.md").write_text("\n".join(lines) + "\n", "utf-8")
+    _write(out / "table.md", ("\n".join(lines) + "\n").encode())
 
 
 def _line(record: Record) -> str:
