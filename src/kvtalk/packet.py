@@ -327,8 +327,8 @@ class Packet:
                 taken[name] = self._section(name)[cursors[name] : cursors[name] + size]
                 cursors[name] += size
             yield PackedLayer(layer, self._positions(layer, offset), **taken)
-            for part in taken.values():
-                self._give_back(part)
+            for name in taken:  # from the section's start: reading on maps some pages before it again
+                self._give_back(self._section(name)[: cursors[name]])
 
     def _give_back(self, part: Tensor) -> None:
         """Let go of the memory of a part that was read, if it is mapped from a file; it can be read again."""

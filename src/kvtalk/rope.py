@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_CHUNK_VALUES = 1 << 17
+_CHUNK_VALUES = 1 << 16
 
 
 @dataclass(frozen=True)

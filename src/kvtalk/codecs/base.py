@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kvtalk.errors import CodecError
 
-_CHUNK_VALUES = 1 << 17
+_CHUNK_VALUES = 1 << 16
 
 
 @dataclass(frozen=True)
