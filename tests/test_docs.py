@@ -10,7 +10,7 @@ import pytest
 
 from kvtalk.codecs import CODECS
 from kvtalk.layout import SECTIONS
-from kvtalk.packet import Manifest
+from kvtalk.manifest import Manifest
 from kvtalk.selection.tokens import TOKEN_POLICIES
 
 ROOT = Path(__file__).parents[1]

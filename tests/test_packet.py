@@ -247,7 +247,7 @@ def test_absurd_header_length() -> None:
 def test_mask_that_contradicts_the_manifest() -> None:
     blob = bytearray(small_packet())
     packet = Packet.parse(bytes(blob))
-    begin, end = wire._ranges(packet.layout)["positions"]
+    begin, end = packet.layout.section_ranges()["positions"]
     origin = len(blob) - sum(packet.layout.section_sizes().values())
     blob[origin + begin] ^= 0b11111
     sums = list(packet.manifest.sums)
@@ -332,7 +332,7 @@ def test_nan_in_a_received_packet_is_refused(name: str) -> None:
     blob = bytearray(wire.encode(random_cache(SPEC, 5), Plan(name, name), SPEC))
     packet = Packet.parse(bytes(blob))
     section = "value_scales" if name.startswith("int8") else "values"
-    begin, end = wire._ranges(packet.layout)[section]
+    begin, end = packet.layout.section_ranges()[section]
     origin = len(blob) - sum(packet.layout.section_sizes().values())
     blob[origin + begin : origin + begin + 2] = b"\xff\xff"
     sums = list(packet.manifest.sums)

@@ -112,6 +112,14 @@ class Layout:
                 totals["positions"] = max(totals["positions"], offset + layer.mask_bytes)
         return {name: size for name, size in totals.items() if size}
 
+    def section_ranges(self) -> dict[str, tuple[int, int]]:
+        """Where each section begins and ends in the packet's data."""
+        ranges, end = {}, 0
+        for name, size in self.section_sizes().items():
+            ranges[name] = (end, end + size)
+            end += size
+        return ranges
+
     @property
     def longest(self) -> int:
         """The most tokens that any layer keeps."""

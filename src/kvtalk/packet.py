@@ -6,7 +6,6 @@ Nothing in it is executed; nothing is allocated before its declared sizes agree 
 
 from __future__ import annotations
 
-import json
 import mmap
 import warnings
 from collections.abc import Iterable, Iterator
@@ -14,113 +13,21 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from io import SEEK_SET, RawIOBase
 from itertools import groupby, pairwise
-from typing import Annotated, Any, BinaryIO, Literal
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 import xxhash
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from kvtalk.cache import KVCache, LayerCache, LayerSource, Prefix
 from kvtalk.codecs import codec
 from kvtalk.errors import CacheError, CodecError, PacketError
 from kvtalk.layout import SECTIONS, LayerLayout, Layout
+from kvtalk.manifest import NO_SUM, VERSION, Manifest, data_start, header_bytes, read_manifest, verify
 from kvtalk.planning import Plan
 from kvtalk.rope import AngleTable, rotate
 from kvtalk.spec import Fingerprint, ModelSpec
-
-VERSION = 1
-MAX_HEADER_BYTES = 1 << 20
-_NO_SUM = "0" * 16
-
-Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{16}$")]
-Count = Annotated[int, Field(ge=0, le=2**24)]
-Small = Annotated[int, Field(ge=0, le=4096)]
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-class Manifest(_Strict):
-    """What a packet says about itself.
-
-    Attributes:
-        v: version of the format.
-        payload: ``cache``: keys and values.
-        model: the sharer's fingerprint: arch, geometry, rope, tokenizer and weights, joined by colons.
-        start: position of the context's first token at the sharer.
-        end: the position after its last token.
-        longest: the most tokens that any layer of the whole cache keeps.
-        rotated: whether keys carry their rotary embedding.
-        codecs: names that the rows refer to.
-        masks: ``shared`` if layers of equal first, span and kept have one mask.
-        part: this packet's number from 1, and how many there are.
-        covers: first model layer of this packet, the one after its last, and the model's number of layers.
-        shapes: distinct layers: kv_heads, head_dim, first, span, kept, key codec, value codec.
-        layers: runs of equal layers, flat: how many, which shape, how many, which shape, and so on.
-        sums: xxh3 of each section, in their order.
-    """
-
-    v: Literal[1]
-    payload: Literal["cache"]
-    model: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}(:[0-9a-f]{16}){4}$")]
-    start: Count
-    end: Count
-    longest: Count
-    rotated: bool
-    codecs: Annotated[list[Annotated[str, Field(max_length=32)]], Field(max_length=64)]
-    masks: Literal["shared", "layer"]
-    part: tuple[Small, Small]
-    covers: tuple[Small, Small, Small]
-    shapes: Annotated[list[tuple[Small, Small, Count, Count, Count, Small, Small]], Field(max_length=4096)]
-    layers: Annotated[list[Small], Field(min_length=2, max_length=8192)]
-    sums: Annotated[list[Digest], Field(max_length=len(SECTIONS))]
-
-    def layout(self) -> Layout:
-        """Where the packet's bytes lie.
-
-        Raises:
-            PacketError: rows that contradict each other, or an unknown codec.
-        """
-        if not self.start < self.end or not 0 < self.longest <= self.end - self.start:
-            raise PacketError("end", f"positions {self.start} to {self.end} cannot hold {self.longest} tokens")
-        shapes = [self._layer(shape) for shape in self.shapes]
-        counts, which = self.layers[::2], self.layers[1::2]
-        if len(counts) != len(which) or sum(counts) > 4096 or max(which) >= len(shapes):
-            raise PacketError("layers", "runs that name more layers or shapes than there can be")
-        layers = [shapes[shape] for count, shape in zip(counts, which, strict=True) for _ in range(count)]
-        begin, stop, total = self.covers
-        if not (begin < stop <= total and len(layers) == stop - begin):
-            raise PacketError("covers", f"{self.covers} does not fit {len(layers)} layers")
-        if not 1 <= self.part[0] <= self.part[1]:
-            raise PacketError("part", f"{self.part[0]} of {self.part[1]}")
-        layout = Layout(begin, tuple(layers), self.masks == "shared")
-        if len(self.sums) != len(layout.section_sizes()):
-            raise PacketError("sums", f"{len(self.sums)} checksums for {len(layout.section_sizes())} sections")
-        return layout
-
-    def _layer(self, shape: tuple[int, ...]) -> LayerLayout:
-        kv_heads, head_dim, first, span, kept, keys, values = shape
-        if kv_heads == 0 or head_dim == 0 or kept > span or kept > self.longest:
-            raise PacketError("shapes", f"impossible shape {shape}")
-        if span and not self.start <= first <= first + span <= self.end:
-            raise PacketError("shapes", f"{shape} lies outside the context {self.start}..{self.end}")
-        layer = LayerLayout(kv_heads, head_dim, first, span, kept, self._codec(keys), self._codec(values))
-        try:
-            layer.check_codecs()
-        except CodecError as error:
-            raise PacketError("shapes", str(error)) from error
-        return layer
-
-    def _codec(self, index: int) -> str:
-        if index >= len(self.codecs):
-            raise PacketError("codecs", f"row refers to codec {index} of {len(self.codecs)}")
-        try:
-            return str(codec(self.codecs[index]))
-        except CodecError as error:
-            raise PacketError("codecs", f"{error}; a newer kvtalk may know it") from error
 
 
 class Memory(RawIOBase):
@@ -155,7 +62,7 @@ def predict(cache: KVCache, plan: Plan, spec: ModelSpec, start: int = 0, parts: 
     for number, (begin, stop) in enumerate(_groups(len(spec.layers), parts), 1):
         layout = whole.covering(begin, stop)
         manifest = _manifest(cache, plan, spec, start, layout, whole.longest, (number, parts), {})
-        total += len(_header(manifest, layout)) + sum(layout.section_sizes().values())
+        total += len(header_bytes(manifest, layout)) + sum(layout.section_sizes().values())
     return total
 
 
@@ -193,14 +100,14 @@ def write(
     origin = target.tell()
     for number, (begin, stop) in enumerate(_groups(len(spec.layers), parts), 1):
         layout = whole.covering(begin, stop)
-        header = _header(_manifest(cache, plan, spec, start, layout, whole.longest, (number, parts), {}), layout)
+        header = header_bytes(_manifest(cache, plan, spec, start, layout, whole.longest, (number, parts), {}), layout)
         beginning = target.tell()
         target.write(b"\0" * len(header))
         end = beginning + len(header) + sum(layout.section_sizes().values())
         sums = _write_sections(target, chosen, spec, layout, plan.rope == "before")
         manifest = _manifest(cache, plan, spec, start, layout, whole.longest, (number, parts), sums)
         target.seek(beginning)
-        target.write(_header(manifest, layout))
+        target.write(header_bytes(manifest, layout))
         target.seek(end)
     return target.tell() - origin
 
@@ -278,17 +185,16 @@ class Packet:
     def parse_first(cls, blob: bytes | bytearray | memoryview) -> Packet:
         """Read the packet that a longer blob begins with; see :meth:`parse`."""
         view = memoryview(blob)
-        header_end = _header_end(view)
-        header = bytes(view[8:header_end])
-        manifest = _read_manifest(header)
+        begin = data_start(view)
+        manifest = read_manifest(bytes(view[8:begin]))
         layout = manifest.layout()
-        if _header(manifest, layout) != bytes(view[:header_end]):
+        if header_bytes(manifest, layout) != bytes(view[:begin]):
             raise PacketError("header", "does not match the manifest")
-        end = header_end + sum(layout.section_sizes().values())
+        end = begin + sum(layout.section_sizes().values())
         if len(view) < end:
             raise PacketError("size", f"truncated: {len(view)} bytes of {end}")
-        data = view[header_end:end]
-        _verify(data, manifest, layout)
+        data = view[begin:end]
+        verify(data, manifest, layout)
         tensor = _as_tensor(data)
         packet = cls(manifest, layout, end, tensor, data.obj if isinstance(data.obj, mmap.mmap) else None)
         packet._give_back(tensor)
@@ -346,7 +252,7 @@ class Packet:
 
     @cached_property
     def _section_ranges(self) -> dict[str, tuple[int, int]]:
-        return _ranges(self.layout)
+        return self.layout.section_ranges()
 
     def _positions(self, layer: LayerLayout, offset: int | None) -> Tensor:
         if layer.kept == 0:
@@ -484,36 +390,8 @@ def _manifest(
         "covers": [layout.begin, layout.begin + len(layout.layers), len(spec.layers)],
         "shapes": shapes,
         "layers": [figure for row, same in groupby(rows) for figure in (len(list(same)), shapes.index(row))],
-        "sums": [sums.get(name, _NO_SUM) for name in layout.section_sizes()],
+        "sums": [sums.get(name, NO_SUM) for name in layout.section_sizes()],
     }
-
-
-def _header(manifest: Manifest | dict[str, Any], layout: Layout) -> bytes:
-    """The safetensors header with its length, padded to 8 bytes."""
-    content = manifest if isinstance(manifest, dict) else manifest.model_dump()
-    text = _canonical(content)
-    header: dict[str, Any] = {"__metadata__": {"kvtalk": text, "xxh3": _sum(text.encode())}}
-    for name, (begin, end) in _ranges(layout).items():
-        header[name] = {"dtype": "U8", "shape": [end - begin], "data_offsets": [begin, end]}
-    body = json.dumps(header, separators=(",", ":")).encode()
-    body += b" " * (-len(body) % 8)
-    return len(body).to_bytes(8, "little") + body
-
-
-def _canonical(content: Any) -> str:
-    return json.dumps(content, sort_keys=True, separators=(",", ":"))
-
-
-def _sum(data: bytes | memoryview) -> str:
-    return str(xxhash.xxh3_64_hexdigest(data))
-
-
-def _ranges(layout: Layout) -> dict[str, tuple[int, int]]:
-    ranges, end = {}, 0
-    for name, size in layout.section_sizes().items():
-        ranges[name] = (end, end + size)
-        end += size
-    return ranges
 
 
 def _write_sections(
@@ -521,7 +399,7 @@ def _write_sections(
 ) -> dict[str, str]:
     """Encode layer by layer, each section's bytes to its own place; returns the sections' checksums."""
     origin = target.tell()
-    ranges = _ranges(layout)
+    ranges = layout.section_ranges()
     cursors = {name: origin + begin for name, (begin, _) in ranges.items()}
     sums = {name: xxhash.xxh3_64() for name in ranges}
 
@@ -568,45 +446,8 @@ def _mask(positions: Tensor, layer: LayerLayout) -> Tensor:
     return torch.from_numpy(np.packbits(bits, bitorder="little"))
 
 
-def _header_end(view: memoryview) -> int:
-    if len(view) < 8:
-        raise PacketError("size", f"truncated: {len(view)} bytes")
-    length = int.from_bytes(view[:8], "little")
-    if length > MAX_HEADER_BYTES:
-        raise PacketError("header", f"declares {length} bytes, at most {MAX_HEADER_BYTES} are allowed: not a packet")
-    if len(view) < 8 + length:
-        raise PacketError("size", f"truncated: the header alone takes {length} bytes")
-    return 8 + length
-
-
-def _read_manifest(header: bytes) -> Manifest:
-    try:
-        metadata = json.loads(header)["__metadata__"]
-        text, declared = metadata["kvtalk"], metadata["xxh3"]
-        content = json.loads(text)
-        version, actual = content["v"], _sum(text.encode())
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise PacketError("header", "not a kvtalk packet") from error
-    if version != VERSION:
-        raise PacketError("v", f"version {version!r} is unknown, this kvtalk reads version {VERSION}: upgrade kvtalk")
-    if actual != declared:
-        raise PacketError("manifest", "checksum does not match: the packet was damaged")
-    try:
-        return Manifest.model_validate_json(text)
-    except ValidationError as error:
-        first = error.errors()[0]
-        field = str(first["loc"][0]) if first["loc"] else "manifest"
-        raise PacketError(field, first["msg"]) from error
-
-
 def _as_tensor(data: memoryview) -> Tensor:
     """The same memory as a tensor, which is only ever read."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given buffer is not writable")
         return torch.frombuffer(data, dtype=torch.uint8) if len(data) else torch.empty(0, dtype=torch.uint8)
-
-
-def _verify(data: memoryview, manifest: Manifest, layout: Layout) -> None:
-    for (name, (begin, end)), declared in zip(_ranges(layout).items(), manifest.sums, strict=True):
-        if _sum(data[begin:end]) != declared:
-            raise PacketError(name, "checksum does not match: the packet was damaged")
