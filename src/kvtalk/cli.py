@@ -111,7 +111,7 @@ def ask(
     if not out.is_terminal:
         typer.echo(answer.text)
     out.print(_answers_table(rows, text))
-    out.print(_phases_table(answer))
+    _print_phases(answer)
 
 
 @app.command()
@@ -176,7 +176,7 @@ def answer(
         return
     if not out.is_terminal:
         typer.echo(made.text)
-    out.print(_phases_table(made))
+    _print_phases(made)
 
 
 @app.command()
@@ -418,15 +418,17 @@ def _answers_table(rows: dict[str, Answer], text: str) -> Table:
     return table
 
 
-def _phases_table(made: Answer) -> Table:
+def _print_phases(made: Answer) -> None:
     cost = made.cost
-    title = f"the cache's way: {cost.bytes:,} bytes, {cost.bits_per_value:.2f} bits per value"
-    table = Table("phase", "ms", title=title if made.plan is None else f"{title}\nplan: {made.plan}")
+    out.print(f"the cache's way: {cost.bytes:,} bytes, {cost.bits_per_value:.2f} bits per value")
+    if made.plan is not None:
+        out.print(f"plan: {made.plan}", highlight=False)
+    table = Table("phase", "ms")
     for phase in ("prefill", "encode", "decode", "place", "first_token", "rest"):
         seconds = getattr(cost, phase)
         if seconds:
             table.add_row(phase.replace("_", " "), f"{1000 * seconds:.0f}")
-    return table
+    out.print(table)
 
 
 def _arms_table(summary: dict[str, Any]) -> Table:
