@@ -28,7 +28,8 @@ def default_dtype(device: str) -> torch.dtype:
     """bf16 where it is computed natively, float32 elsewhere."""
     if device.startswith("cuda"):
         return torch.bfloat16
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    asked = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")  # not public, and not in every torch
+    native = any(getattr(torch.cpu, name, bool)() for name in asked)
     return torch.bfloat16 if native else torch.float32
 
 
