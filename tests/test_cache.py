@@ -100,7 +100,7 @@ def test_to_and_from_transformers_without_copying(arch: str) -> None:
 def test_only_a_whole_cache_is_given_to_transformers() -> None:
     lm = tiny_lm("gemma3")
     cache = lm.prefill([lm.encode("A text that is longer than the window of sixteen.")])
-    for broken in (cache.keep_layers([0]), cache.take([torch.tensor([0, 2])] * 4), cache.unrotated(lm.spec)):
+    for broken in (cache.take([torch.tensor([0, 2])] * 4), cache.unrotated(lm.spec)):
         with pytest.raises(CacheError):
             broken.to_transformers(lm.spec)
     with pytest.raises(CacheError, match="place the cache"):

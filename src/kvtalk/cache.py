@@ -251,14 +251,6 @@ class KVCache:
             ),
         )
 
-    def keep_layers(self, layers: Sequence[int]) -> KVCache:
-        """The given layers; the others hold no tokens."""
-        wanted = set(layers)
-        return replace(
-            self,
-            layers=tuple(layer if index in wanted else layer.span(0, 0) for index, layer in enumerate(self.layers)),
-        )
-
     def unrotated(self, spec: ModelSpec) -> KVCache:
         """With the keys' rotary embedding taken off (computed in float32)."""
         return self._rotation(spec, rotated=False)

@@ -96,7 +96,6 @@ def write(
     if any(extent.tokens and extent.first < start for extent in cache.extents):
         raise CacheError(f"the cache begins before position {start}: take cache.since({start})")
     whole = plan.layout(cache.extents, spec)
-    chosen = plan.apply(cache, spec)
     origin = target.tell()
     for number, (begin, stop) in enumerate(_groups(len(spec.layers), parts), 1):
         layout = whole.covering(begin, stop)
@@ -104,7 +103,7 @@ def write(
         beginning = target.tell()
         target.write(b"\0" * len(header))
         end = beginning + len(header) + sum(layout.section_sizes().values())
-        sums = _write_sections(target, chosen, spec, layout, plan.rope == "before")
+        sums = _write_sections(target, cache, plan, spec, layout)
         manifest = _manifest(cache, plan, spec, start, layout, whole.longest, (number, parts), sums)
         target.seek(beginning)
         target.write(header_bytes(manifest, layout))
@@ -395,9 +394,9 @@ def _manifest(
 
 
 def _write_sections(
-    target: BinaryIO | Memory, cache: KVCache, spec: ModelSpec, layout: Layout, unrotate: bool
+    target: BinaryIO | Memory, cache: KVCache, plan: Plan, spec: ModelSpec, layout: Layout
 ) -> dict[str, str]:
-    """Encode layer by layer, each section's bytes to its own place; returns the sections' checksums."""
+    """Choose and encode layer by layer, each section's bytes to its own place; returns the sections' checksums."""
     origin = target.tell()
     ranges = layout.section_ranges()
     cursors = {name: origin + begin for name, (begin, _) in ranges.items()}
@@ -418,10 +417,10 @@ def _write_sections(
     for index, (layout_layer, offset) in enumerate(zip(layout.layers, offsets, strict=True), layout.begin):
         if layout_layer.kept == 0:
             continue
-        layer = cache.layers[index]
+        layer = plan.choose(cache.layers[index], layout_layer.kept)
         keys = layer.keys
         shape = spec.layers[index]
-        if unrotate and shape.rope is not None:
+        if plan.rope == "before" and shape.rope is not None:
             keys = rotate(keys, table.angles(shape.rope, layer.positions).inverse())
         for side, tensor, name in (
             ("key", keys, layout_layer.keys),

@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 
-from kvtalk.cache import Extent, KVCache
+from kvtalk.cache import Extent, KVCache, LayerCache
 from kvtalk.codecs import codec
 from kvtalk.errors import BudgetError, CacheError, CodecError
 from kvtalk.layout import LayerLayout, Layout
@@ -184,11 +184,11 @@ class Plan:
         whole = all(extent.tokens == extent.span for extent in extents)
         return Layout(0, tuple(layers), policy.positional and whole)
 
-    def apply(self, cache: KVCache, spec: ModelSpec) -> KVCache:
-        """The chosen tokens of the chosen layers, keys rotated or not as planned."""
-        chosen = cache.keep_layers(select_layers(self.layers, len(spec.layers)))
-        counts = [kept_count(self.keep, layer.tokens) if layer.tokens else 0 for layer in chosen.layers]
-        return chosen.take(token_policy(self.tokens, self.seed).select(chosen, counts))
+    def choose(self, layer: LayerCache, count: int) -> LayerCache:
+        """The ``count`` tokens of a layer that its token policy keeps."""
+        if count >= layer.tokens:
+            return layer
+        return layer.take(token_policy(self.tokens, self.seed).select(layer, count))
 
 
 def fit(

@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from kvtalk.cache import KVCache, LayerCache
+from kvtalk.cache import LayerCache
 from kvtalk.errors import SelectionError
 
 SINKS = 4
@@ -45,24 +45,17 @@ class TokenPolicy(ABC):
             ``[tokens]``, higher is kept first.
         """
 
-    def select(self, cache: KVCache, counts: list[int]) -> list[Tensor | None]:
-        """Column indices to keep in each layer.
+    def select(self, layer: LayerCache, count: int) -> Tensor:
+        """Column indices of one layer to keep.
 
         Args:
-            cache: one sequence.
-            counts: how many to keep, per layer.
+            layer: one sequence, ``[1, kv_heads, tokens, head_dim]``.
+            count: how many, at most the layer's tokens.
 
         Returns:
-            per layer ascending indices ``[count]``, or None where all are kept.
+            ``[count]``, ascending, on the CPU.
         """
-        kept: list[Tensor | None] = []
-        for layer, count in zip(cache.layers, counts, strict=True):
-            if count >= layer.tokens:
-                kept.append(None)
-            else:
-                best = self.score(layer).cpu().topk(count).indices
-                kept.append(best.sort().values)
-        return kept
+        return self.score(layer).cpu().topk(count).indices.sort().values
 
 
 class Front(TokenPolicy):
