@@ -136,12 +136,14 @@ class Sharer:
             InputError: an unusable context.
             BudgetError: a budget that cannot be met.
         """
-        with _timed(self.lm) as prefill:
-            cache = self.read(context)
-        with _timed(self.lm) as encoding:
-            plan = self.plan(cache, budget, plan)
-            blob = self.encode(cache, plan)
-        return Shared(blob, plan, self._cost(len(blob), cache, prefill(), encoding()))
+        packed: list[memoryview] = []
+
+        def pack(cache: KVCache, plan: Plan) -> int:
+            packed.append(self.encode(cache, plan))
+            return len(packed[0])
+
+        used, cost = self._send(context, budget, plan, 1, pack)
+        return Shared(packed[0], used, cost)
 
     def write(
         self,
@@ -160,16 +162,28 @@ class Sharer:
             InputError: an unusable context.
             BudgetError: a budget that cannot be met.
         """
+
+        def pack(cache: KVCache, plan: Plan) -> int:
+            return wire.write(target, cache, plan, self.lm.spec, self.start, parts)
+
+        return self._send(context, budget, plan, parts, pack)
+
+    def _send(
+        self,
+        context: str,
+        budget: Budget | str | None,
+        plan: Plan | None,
+        parts: int,
+        pack: Callable[[KVCache, Plan], int],
+    ) -> tuple[Plan, Cost]:
+        """Read, plan, and pack; ``pack`` gives the bytes."""
         with _timed(self.lm) as prefill:
             cache = self.read(context)
         with _timed(self.lm) as encoding:
             plan = self.plan(cache, budget, plan, parts)
-            size = wire.write(target, cache, plan, self.lm.spec, self.start, parts)
-        return plan, self._cost(size, cache, prefill(), encoding())
-
-    def _cost(self, size: int, cache: KVCache, prefill: float, encoding: float) -> Cost:
+            size = pack(cache, plan)
         tokens = cache.length[0] - self.start
-        return Cost(size, bits_per_value(size, tokens, self.lm), tokens, prefill, encoding)
+        return plan, Cost(size, bits_per_value(size, tokens, self.lm), tokens, prefill(), encoding())
 
 
 class Receiver:
