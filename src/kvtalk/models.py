@@ -119,9 +119,9 @@ class LM:
         """What this model reads before any context: its BOS where its tokenizer adds one, and its prompt's head."""
         return bos(self.tokenizer) + self.encode(self.prompt.head)
 
-    def head(self, ids: Sequence[int] | None = None) -> KVCache | None:
+    def head(self) -> KVCache | None:
         """This model's own cache of its head (computed once), or None if the head is empty."""
-        key = tuple(self.head_ids() if ids is None else ids)
+        key = tuple(self.head_ids())
         if not key:
             return None
         if key not in self._heads:
@@ -206,7 +206,8 @@ class LM:
                 raise InputError(f"generate option {option!r} does not work from a placed cache")
         if not prompts:
             raise InputError("no prompt to continue")
-        placed = placed or self.place([[]] * len(prompts), head=False, room=max_new_tokens)
+        if placed is None:
+            placed = self.place([[]] * len(prompts), head=False, room=max_new_tokens)
         if len(placed.next_positions) != len(prompts):
             raise InputError(f"{len(prompts)} prompts for {len(placed.next_positions)} placed rows")
         longest = max(len(prompt) for prompt in prompts) + int(placed.next_positions.max())

@@ -179,7 +179,6 @@ def place(
     *,
     room: int = _GROWTH,
     gaps: bool = True,
-    dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> PlacedCache:
     """Put received caches before the receiver's prompt.
@@ -194,13 +193,11 @@ def place(
         room: columns to reserve for prompt and answer.
         gaps: True keeps each token's distance to its neighbours, holes included; False closes the holes, so that
             kept tokens stand next to each other and end where the prompt begins.
-        dtype: of the placed cache, by default that of the model.
         device: where to place it.
 
     Raises:
         CacheError: a prefix does not have the receiver's layers and shapes.
     """
-    dtype = dtype or spec.dtype
     if head is not None and (head.batch != 1 or not head.rotated):
         raise CacheError("the head must be one sequence with rotated keys")
     streams = [[iter(prefix.layers) for prefix in row] for row in contexts]
@@ -212,7 +209,7 @@ def place(
             _row_parts(index, own, head, row, prefixes, streams_of_row, gaps)
             for row, (prefixes, streams_of_row) in enumerate(zip(contexts, streams, strict=True))
         ]
-        layer, positions = _fill(index, shape, rows, room, dtype, table)
+        layer, positions = _fill(index, shape, rows, room, spec.dtype, table)
         layers.append(layer)
         tracks.append(positions)
     start = 0 if head is None else head.length[0]
