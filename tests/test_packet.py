@@ -20,6 +20,7 @@ from kvtalk.cache import KVCache
 from kvtalk.codecs import CODECS
 from kvtalk.errors import CacheError, CodecError, KVTalkError, PacketError
 from kvtalk.packet import Packet
+from kvtalk.placement import place
 from kvtalk.planning import Plan
 from kvtalk.selection.tokens import TOKEN_POLICIES
 from kvtalk.spec import ModelSpec
@@ -95,14 +96,45 @@ def test_predicted_size_is_the_size(
     assert len(target.getbuffer()) == predicted
 
 
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    plan=plans,
+    lengths=st.lists(st.integers(1, 90), min_size=1, max_size=4),
+    start=st.integers(0, 5),
+)
+def test_rows_packed_together_are_those_packed_alone_to_the_byte(plan: Plan, lengths: list[int], start: int) -> None:
+    alone = [random_cache(SPEC, tokens, start, seed) for seed, tokens in enumerate(lengths)]
+    together = wire.encode_rows(KVCache.stack(alone), [plan] * len(alone), SPEC, start)
+    for cache, blob in zip(alone, together, strict=True):
+        assert blob == wire.encode(cache, plan, SPEC, start)
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@given(plan=plans, lengths=st.lists(st.integers(1, 90), min_size=2, max_size=4), gaps=st.booleans())
+def test_rows_placed_together_are_those_placed_alone(plan: Plan, lengths: list[int], gaps: bool) -> None:
+    blobs = [wire.encode(random_cache(SPEC, tokens, 3, seed), plan, SPEC, 3) for seed, tokens in enumerate(lengths)]
+    head = random_cache(SPEC, 2, seed=9)
+
+    def placed(rows: list[memoryview]) -> KVCache:
+        prefixes = [[wire.prefix(wire.read_stream(blob), SPEC)] for blob in rows]
+        return place(SPEC, head, prefixes, gaps=gaps).to_cache()
+
+    together = placed(blobs)
+    for row, blob in enumerate(blobs):
+        for one, other in zip(together.row(row).layers, placed([blob]).layers, strict=True):
+            assert torch.equal(one.positions, other.positions)
+            assert torch.equal(one.keys, other.keys)
+            assert torch.equal(one.values, other.values)
+
+
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 @given(plan=plans, tokens=st.integers(1, 70), start=st.integers(0, 500))
 def test_what_is_read_is_what_was_chosen(plan: Plan, tokens: int, start: int) -> None:
     cache = random_cache(SPEC, tokens, start)
     if plan.rope == "before":
         cache = cache.unrotated(SPEC)
-    sent = plan.layout(cache.extents, SPEC).layers
-    chosen = [plan.choose(layer, one.kept) for layer, one in zip(cache.layers, sent, strict=True)]
+    sent = plan.layout(cache.extents[0], SPEC).layers
+    chosen = [plan.choose(layer, [one.kept]) for layer, one in zip(cache.layers, sent, strict=True)]
     cache = cache.rotated_as(SPEC)
     got = wire.to_cache([Packet.parse(wire.encode(cache, plan, SPEC, start))], SPEC)
     assert got.length == cache.length
@@ -127,7 +159,7 @@ def test_bf16_packet_is_exact_for_bf16_values() -> None:
 )
 def test_overhead_is_under_one_kilobyte(plan: Plan) -> None:
     for spec, tokens in ((bare_spec(30, 3, 64), 4096), (bare_spec(18, 1, 256, window=512), 4096)):
-        layout = plan.layout(random_cache(spec, tokens, 99).extents, spec)
+        layout = plan.layout(random_cache(spec, tokens, 99).extents[0], spec)
         total = wire.predict(random_cache(spec, tokens, 99), plan, spec, 99)
         assert total - sum(layout.section_sizes().values()) < 1000
 

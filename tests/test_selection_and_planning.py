@@ -21,7 +21,7 @@ SPEC = bare_spec()
 
 
 def kept(policy: str, cache: KVCache, count: int, seed: int = 0) -> list[list[int]]:
-    return [token_policy(policy, seed).select(layer, count).tolist() for layer in cache.layers]
+    return [token_policy(policy, seed).select(layer, [count])[0].tolist() for layer in cache.layers]
 
 
 def test_positional_policies() -> None:
@@ -49,7 +49,7 @@ def test_every_policy_returns_that_many_ascending_indices(policy: str, tokens: i
     cache = random_cache(SPEC, tokens)
     count = kept_count(keep, tokens)
     for layer in cache.layers:
-        indices = token_policy(policy).select(layer, count).tolist()
+        indices = token_policy(policy).select(layer, [count])[0].tolist()
         assert indices == sorted(set(indices))
         assert len(indices) == count
         assert 0 <= indices[0] <= indices[-1] < tokens

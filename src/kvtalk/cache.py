@@ -7,10 +7,10 @@ left padding, right padding and layers of different lengths are one and the same
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, Self
 
 import torch
 from torch import Tensor
@@ -56,14 +56,40 @@ class LayerCache:
         """Copy the values to ``out``, of the same shape."""
         out.copy_(self.values)
 
-    def take(self, indices: Tensor) -> LayerCache:
-        """The given columns, in the given order (``indices``: ``[kept]``)."""
-        indices = indices.to(self.keys.device)
+    @property
+    def kind(self) -> Hashable:
+        """Layers of equal kind can be stacked."""
+        return LayerCache, self.shape, self.keys.dtype, self.keys.device
+
+    def stacked(self, others: Sequence[LayerCache]) -> LayerCache:
+        """This layer's rows and those of others of its kind, right-padded to the longest."""
+        layers = (self, *others)
+        longest = max(layer.tokens for layer in layers)
         return LayerCache(
-            self.keys.index_select(2, indices),
-            self.values.index_select(2, indices),
-            self.positions.index_select(1, indices.to(self.positions.device)),
+            torch.cat([_padded(layer.keys, longest, 2, 0) for layer in layers]),
+            torch.cat([_padded(layer.values, longest, 2, 0) for layer in layers]),
+            torch.cat([_padded(layer.positions, longest, 1, PADDING) for layer in layers]),
         )
+
+    def take(self, indices: Tensor) -> LayerCache:
+        """The given columns, in the given order.
+
+        Args:
+            indices: ``[kept]`` for every row, or ``[batch, kept]``.
+        """
+        indices = indices.expand(len(self.positions), -1)
+        columns = indices.to(self.keys.device)[:, None, :, None].expand(-1, *self.keys.shape[1:2], -1, self.shape[1])
+        return LayerCache(
+            self.keys.gather(2, columns),
+            self.values.gather(2, columns),
+            self.positions.gather(1, indices.to(self.positions.device)),
+        )
+
+    def of_rows(self, rows: Sequence[int]) -> LayerCache:
+        """The given sequences."""
+        which = torch.tensor(rows)
+        there = which.to(self.keys.device)
+        return LayerCache(self.keys[there], self.values[there], self.positions[which])
 
     def span(self, start: int, stop: int) -> LayerCache:
         """Columns ``start`` to ``stop`` without copying."""
@@ -107,14 +133,24 @@ class KVCache:
         )
 
     @cached_property
-    def extents(self) -> tuple[Extent, ...]:
-        """What each layer holds of one sequence; all that the size of a packet depends on."""
-        self._need_one_row("extents")
-        found = []
+    def extents(self) -> tuple[tuple[Extent, ...], ...]:
+        """What each layer holds of each sequence; all that the size of a packet depends on."""
+        layers = []
         for layer in self.layers:
-            held = layer.positions[0].tolist()
-            found.append(Extent(held[0], held[-1] - held[0] + 1, len(held)) if held else Extent(0, 0, 0))
-        return tuple(found)
+            real = layer.positions != PADDING
+            counts = real.sum(dim=1).tolist()
+            if not layer.tokens:
+                layers.append([Extent(0, 0, 0)] * self.batch)
+                continue
+            firsts = layer.positions.masked_fill(~real, torch.iinfo(torch.long).max).amin(dim=1).tolist()
+            lasts = layer.positions.amax(dim=1).tolist()
+            layers.append(
+                [
+                    Extent(first, last - first + 1, count) if count else Extent(0, 0, 0)
+                    for first, last, count in zip(firsts, lasts, counts, strict=True)
+                ]
+            )
+        return tuple(zip(*layers, strict=True))
 
     @classmethod
     def from_transformers(cls, cache: Cache, positions: Tensor) -> KVCache:
@@ -216,27 +252,13 @@ class KVCache:
         return KVCache(tuple(layers), sum((cache.length for cache in caches), ()), caches[0].rotated)
 
     def since(self, position: int) -> KVCache:
-        """What was read from ``position`` on, as views; for one sequence.
-
-        Raises:
-            CacheError: more than one sequence.
-        """
-        self._need_one_row("since")
-        layers = []
-        for layer in self.layers:
-            before = int((layer.positions[0] < position).sum())
-            layers.append(layer.span(before, layer.tokens))
-        return replace(self, layers=tuple(layers))
+        """What was read from ``position`` on, as views."""
+        return self._from([position] * len(self.layers))
 
     def attendable(self, spec: ModelSpec) -> KVCache:
         """Without the keys and values that no later token can attend: those outside a layer's sliding window."""
-        self._need_one_row("attendable")
-        layers = []
-        for layer, shape in zip(self.layers, spec.layers, strict=True):
-            first_seen = 0 if shape.window is None else self.length[0] - shape.window + 1
-            unseen = int((layer.positions[0] < first_seen).sum())
-            layers.append(layer.span(unseen, layer.tokens))
-        return replace(self, layers=tuple(layers))
+        ends = torch.tensor(self.length)[:, None]
+        return self._from([0 if shape.window is None else ends - shape.window + 1 for shape in spec.layers])
 
     def take(self, indices: Sequence[Tensor | None]) -> KVCache:
         """Chosen columns of each layer.
@@ -291,24 +313,38 @@ class KVCache:
             layers.append(replace(layer, keys=keys))
         return replace(self, layers=tuple(layers), rotated=rotated)
 
-    def _need_one_row(self, what: str) -> None:
-        if self.batch != 1:
-            raise CacheError(f"{what}() works on one sequence: iterate over rows()")
+    def _from(self, firsts: Sequence[int | Tensor]) -> KVCache:
+        """Each layer from a position on (for all rows, or ``[batch, 1]``); what lies before it becomes padding."""
+        layers = []
+        for layer, first in zip(self.layers, firsts, strict=True):
+            real = (layer.positions != PADDING) & (layer.positions >= first)
+            columns = real.any(dim=0).nonzero()[:, 0].tolist()
+            begin = columns[0] if columns else layer.tokens
+            masked = replace(layer, positions=layer.positions.masked_fill(~real, PADDING))
+            layers.append(masked.span(begin, layer.tokens))
+        return replace(self, layers=tuple(layers))
 
 
 class LayerSource(Protocol):
-    """Keys and values of one layer of one sequence, wherever they lie: in tensors, or still packed."""
+    """Keys and values of one layer, wherever they lie: in tensors, or still packed."""
 
     @property
     def positions(self) -> Tensor:
-        """``[1, tokens]`` int64 on the CPU."""
+        """``[batch, tokens]`` int64 on the CPU; −1 at the right of a row that has fewer tokens."""
 
     @property
     def shape(self) -> tuple[int, int]:
         """KV heads and head_dim."""
 
+    @property
+    def kind(self) -> Hashable:
+        """Sources of equal kind can be stacked."""
+
+    def stacked(self, others: Sequence[Self]) -> LayerSource:
+        """This source's rows and those of others of its kind, to be read in one go."""
+
     def keys_into(self, out: Tensor) -> None:
-        """Write the keys to ``out``, ``[1, kv_heads, tokens, head_dim]``."""
+        """Write the keys to ``out``, ``[batch, kv_heads, tokens, head_dim]``; padding may be written as anything."""
 
     def values_into(self, out: Tensor) -> None:
         """Write the values to ``out``, of the same shape."""
@@ -342,6 +378,15 @@ class Prefix:
     def extent(self, gaps: bool) -> int:
         """Positions it takes up at the receiver, with or without its holes."""
         return self.length - self.start if gaps else self.longest
+
+
+def _padded(tensor: Tensor, longest: int, dim: int, value: int) -> Tensor:
+    """Filled up at the right."""
+    if tensor.shape[dim] == longest:
+        return tensor
+    shape = list(tensor.shape)
+    shape[dim] = longest - shape[dim]
+    return torch.cat([tensor, tensor.new_full(shape, value)], dim=dim)
 
 
 def _pad_left(tensor: Tensor, count: int, dim: int, value: int) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, BinaryIO
@@ -347,6 +347,13 @@ class _Watched:
     @property
     def shape(self) -> tuple[int, int]:
         return self.layer.shape
+
+    @property
+    def kind(self) -> Hashable:
+        return _Watched, self.layer.kind
+
+    def stacked(self, others: Sequence[_Watched]) -> _Watched:
+        return _Watched(self.layer.stacked([other.layer for other in others]), self.watch)
 
     def keys_into(self, out: Tensor) -> None:
         self.watch.run(self.layer.keys_into, out)

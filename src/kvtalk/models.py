@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import (
     DynamicCache,
+    LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteria,
@@ -39,12 +40,14 @@ class Generation:
         ids: the new tokens, the one that ended it included.
         first_token_seconds: from the start of the forward pass over the prompt to the first new token.
         rest_seconds: from there to the end of the batch.
+        logprob: mean log-probability (nats) of the new tokens, where it was asked for.
     """
 
     text: str
     ids: tuple[int, ...]
     first_token_seconds: float
     rest_seconds: float
+    logprob: float | None = None
 
 
 class LM:
@@ -182,6 +185,8 @@ class LM:
         *,
         max_new_tokens: int = 64,
         streamer: BaseStreamer | None = None,
+        logprobs: bool = False,
+        stop: Sequence[str] | None = None,
         **options: Any,
     ) -> list[Generation]:
         """Continue each prompt after its placed cache, with `transformers`' own ``generate``.
@@ -191,6 +196,8 @@ class LM:
             placed: the cache of all rows, used up by the call; None to start from nothing.
             max_new_tokens: at most this many per row.
             streamer: receives the tokens of a single row as they come.
+            logprobs: also how probable each answer was; not with beams.
+            stop: strings that end an answer; by default those of this model's prompt.
             options: for ``generate``: ``do_sample``, ``temperature``, ``num_beams``, ``num_return_sequences`` and so
                 on; not those that return something else than tokens or draft with another model.
 
@@ -214,10 +221,12 @@ class LM:
         self._check_length(longest + 1, "context and question together have")
         max_new_tokens = min(max_new_tokens, self.spec.max_positions - longest)
         inputs = self._continuation(prompts, placed)
-        watch = _Watch(self.tokenizer, inputs["input_ids"].shape[1], self.prompt.stop)
+        watch = _Watch(self.tokenizer, inputs["input_ids"].shape[1], self.prompt.stop if stop is None else stop)
         options.setdefault("do_sample", False)
         pad = self.tokenizer.pad_token_id
-        placed.repeat_rows(max(options.get("num_beams", 1), options.get("num_return_sequences", 1)))
+        times = max(options.get("num_beams", 1), options.get("num_return_sequences", 1))
+        if times > 1:
+            placed = placed.rows([row for row in range(len(prompts)) for _ in range(times)])
         with attending(self.model):
             watch.start()
             sequences = self.model.generate(
@@ -225,12 +234,14 @@ class LM:
                 past_key_values=placed,
                 max_new_tokens=max_new_tokens,
                 stopping_criteria=StoppingCriteriaList([watch]),
+                logits_processor=LogitsProcessorList([watch.note] if logprobs else []),
                 streamer=streamer,
                 pad_token_id=self._end_ids()[0] if pad is None else pad,
                 **options,
             )
         end = time.perf_counter()
-        return [self._generation(ids, watch, end) for ids in sequences[:, inputs["input_ids"].shape[1] :].tolist()]
+        made = sequences[:, inputs["input_ids"].shape[1] :].tolist()
+        return [self._generation(row, ids, watch, end) for row, ids in enumerate(made)]
 
     def _check_placement(self) -> None:
         """Refuse an architecture whose attention does not read a placed cache as it reads its own."""
@@ -245,14 +256,16 @@ class LM:
                 f"tested architectures: {', '.join(TESTED_ARCHITECTURES)}"
             )
 
-    def _generation(self, ids: list[int], watch: _Watch, end: float) -> Generation:
+    def _generation(self, row: int, ids: list[int], watch: _Watch, end: float) -> Generation:
         stops = set(self._end_ids())
         kept = next((i + 1 for i, token in enumerate(ids) if token in stops), len(ids))
         text = self.tokenizer.decode(ids[:kept], skip_special_tokens=True)
-        for stop in self.prompt.stop:
+        for stop in watch.stop:
             text = text.split(stop)[0]
         first = watch.first_token or end
-        return Generation(text.strip(), tuple(ids[:kept]), first - watch.started, end - first)
+        logprobs = [float(column[row]) for column in watch.logprobs[:kept]]
+        mean = sum(logprobs) / len(logprobs) if logprobs else None
+        return Generation(text.strip(), tuple(ids[:kept]), first - watch.started, end - first, mean)
 
     def _continuation(self, prompts: Sequence[Sequence[int]], placed: PlacedCache) -> dict[str, Tensor]:
         ids, offsets = self._padded(prompts)
@@ -294,22 +307,42 @@ class LM:
 
 
 class _Watch(StoppingCriteria):  # type: ignore[misc]
-    """Notes when the first token is there, and stops rows whose text holds a stop string.
+    """Notes when the first token is there and how probable each one was, and stops rows that reach a stop string.
 
-    `transformers`' own stop strings prepare a table over the whole vocabulary first, seconds for 262k tokens.
+    `transformers`' own stop strings prepare a table over the whole vocabulary first, seconds for 262k tokens. Here
+    only the last tokens are looked at, as many as a stop string has bytes: it cannot end later without being seen.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_tokens: int, stop: Sequence[str]) -> None:
-        self.tokenizer, self.prompt_tokens, self.stop = tokenizer, prompt_tokens, stop
+        self.tokenizer, self.prompt_tokens, self.stop = tokenizer, prompt_tokens, tuple(stop)
+        self.window = max((len(text.encode()) for text in stop), default=0)
+        self.stops: dict[tuple[int, ...], bool] = {}
         self.started = 0.0
         self.first_token: float | None = None
+        self.logprobs: list[list[float]] = []
+        self._logits: Tensor | None = None
 
     def start(self) -> None:
         self.started = time.perf_counter()
 
+    def note(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """A logits processor that only looks."""
+        self._logits = scores
+        return scores
+
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
-        new = input_ids[:, self.prompt_tokens :].tolist()
+        begin = max(self.prompt_tokens, input_ids.shape[1] - self.window)
+        last = input_ids[:, begin:].tolist()
         if self.first_token is None:
             self.first_token = time.perf_counter()
-        done = [any(stop in self.tokenizer.decode(row) for stop in self.stop) if self.stop else False for row in new]
+        if self._logits is not None:
+            chosen = self._logits.gather(1, input_ids[:, -1:])[:, 0].float()
+            self.logprobs.append((chosen - self._logits.float().logsumexp(dim=1)).tolist())
+        done = [self._stops(tuple(row)) if self.stop else False for row in last]
         return torch.tensor(done, device=input_ids.device)
+
+    def _stops(self, tokens: tuple[int, ...]) -> bool:
+        if tokens not in self.stops:
+            text = self.tokenizer.decode(tokens)
+            self.stops[tokens] = any(stop in text for stop in self.stop)
+        return self.stops[tokens]

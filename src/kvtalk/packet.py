@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import mmap
 import warnings
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from io import SEEK_SET, RawIOBase
-from itertools import groupby, pairwise
+from itertools import accumulate, groupby, pairwise
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -20,7 +20,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from kvtalk.cache import KVCache, LayerCache, LayerSource, Prefix
+from kvtalk.cache import PADDING, KVCache, LayerCache, LayerSource, Prefix
 from kvtalk.codecs import codec
 from kvtalk.errors import CacheError, CodecError, PacketError
 from kvtalk.layout import SECTIONS, LayerLayout, Layout
@@ -57,13 +57,8 @@ class Memory(RawIOBase):
 
 def predict(cache: KVCache, plan: Plan, spec: ModelSpec, start: int = 0, parts: int = 1) -> int:
     """Bytes of the packet (or of all parts together), exactly, before anything is encoded."""
-    whole = plan.layout(cache.extents, spec)
-    total = 0
-    for number, (begin, stop) in enumerate(_groups(len(spec.layers), parts), 1):
-        layout = whole.covering(begin, stop)
-        manifest = _manifest(cache, plan, spec, start, layout, whole.longest, (number, parts), {})
-        total += len(header_bytes(manifest, layout)) + sum(layout.section_sizes().values())
-    return total
+    _need_one_row(cache)
+    return sum(draft.size for draft in _drafts(cache, [plan], spec, start, parts)[0])
 
 
 def encode(cache: KVCache, plan: Plan, spec: ModelSpec, start: int = 0) -> memoryview:
@@ -78,9 +73,29 @@ def encode(cache: KVCache, plan: Plan, spec: ModelSpec, start: int = 0) -> memor
     Raises:
         CacheError: NaN, infinity, or a value that the codec cannot represent.
     """
-    target = Memory(predict(cache, plan, spec, start))
-    write(target, cache, plan, spec, start)
-    return target.blob
+    _need_one_row(cache)
+    return encode_rows(cache, [plan], spec, start)[0]
+
+
+def encode_rows(cache: KVCache, plans: Sequence[Plan], spec: ModelSpec, start: int = 0) -> list[memoryview]:
+    """A packet of each sequence in memory, byte for byte what :func:`encode` makes of it alone, in one go.
+
+    Args:
+        cache: as for :func:`encode`, any number of rows.
+        plans: of each row; they may differ in how many tokens they keep, and in nothing else.
+        spec: the sharer's.
+        start: position of each context's first token.
+
+    Raises:
+        CacheError: NaN, infinity, a value that the codec cannot represent, or plans that differ in more.
+    """
+    if len({replace(plan, keep=1.0) for plan in plans}) != 1:
+        raise CacheError("the plans of rows that are packed together may differ only in how many tokens they keep")
+    _check_packable(cache, start)
+    drafts = [row[0] for row in _drafts(cache, plans, spec, start, 1)]
+    targets = [Memory(draft.size) for draft in drafts]
+    _write_part(targets, cache, plans[0], spec, drafts)
+    return [target.blob for target in targets]
 
 
 def write(
@@ -91,34 +106,22 @@ def write(
     Returns:
         bytes written, what :func:`predict` said.
     """
-    if not cache.rotated:
-        raise CacheError("the keys are not rotated: call rotated_as(spec) first, the plan says how they are packed")
-    if any(extent.tokens and extent.first < start for extent in cache.extents):
-        raise CacheError(f"the cache begins before position {start}: take cache.since({start})")
-    whole = plan.layout(cache.extents, spec)
+    _need_one_row(cache)
+    _check_packable(cache, start)
     origin = target.tell()
-    for number, (begin, stop) in enumerate(_groups(len(spec.layers), parts), 1):
-        layout = whole.covering(begin, stop)
-        header = header_bytes(_manifest(cache, plan, spec, start, layout, whole.longest, (number, parts), {}), layout)
-        beginning = target.tell()
-        target.write(b"\0" * len(header))
-        end = beginning + len(header) + sum(layout.section_sizes().values())
-        sums = _write_sections(target, cache, plan, spec, layout)
-        manifest = _manifest(cache, plan, spec, start, layout, whole.longest, (number, parts), sums)
-        target.seek(beginning)
-        target.write(header_bytes(manifest, layout))
-        target.seek(end)
+    for draft in _drafts(cache, [plan], spec, start, parts)[0]:
+        _write_part([target], cache, plan, spec, [draft])
     return target.tell() - origin
 
 
 @dataclass(frozen=True, eq=False)
 class PackedLayer:
-    """One layer of a packet; decodes straight to where it is placed.
+    """One layer of a packet, or of several; decodes straight to where it is placed.
 
     Attributes:
-        layout: its shape and codecs.
-        positions: ``[1, tokens]``.
-        keys, key_scales, values, value_scales: its bytes of each section.
+        layout: its shape and codecs; of several, that of the one that keeps the most tokens.
+        positions: ``[batch, tokens]``.
+        keys, key_scales, values, value_scales: its bytes of each section, one packet's after the other's.
     """
 
     layout: LayerLayout
@@ -133,8 +136,22 @@ class PackedLayer:
         """KV heads and head_dim."""
         return self.layout.kv_heads, self.layout.head_dim
 
+    @property
+    def kind(self) -> Hashable:
+        """Layers of equal kind can be stacked."""
+        return PackedLayer, self.shape, self.layout.keys, self.layout.values
+
+    def stacked(self, others: Sequence[PackedLayer]) -> PackedLayer:
+        """This layer's rows and those of others of its kind, right-padded to the longest; all of one row each."""
+        layers = (self, *others)
+        longest = max((layer.layout for layer in layers), key=lambda layout: layout.kept)
+        positions = torch.full((len(layers), longest.kept), PADDING, dtype=torch.long)
+        for row, layer in zip(positions, layers, strict=True):
+            row[: layer.layout.kept] = layer.positions[0]
+        return PackedLayer(longest, positions, **{name: _side_by_side(layers, longest, name) for name in SECTIONS[:4]})
+
     def keys_into(self, out: Tensor) -> None:
-        """Decode the keys on the device of ``out``, ``[1, kv_heads, tokens, head_dim]``."""
+        """Decode the keys on the device of ``out``, ``[batch, kv_heads, tokens, head_dim]``."""
         self._decode(self.layout.keys, self.keys, self.key_scales, out)
 
     def values_into(self, out: Tensor) -> None:
@@ -143,10 +160,11 @@ class PackedLayer:
 
     def _decode(self, name: str, codes: Tensor, scales: Tensor, out: Tensor) -> None:
         if self.layout.kept:
-            rows = codes.to(out.device).view(self.layout.kv_heads, self.layout.kept, -1)
+            heads = len(self.positions) * self.layout.kv_heads
+            rows = codes.to(out.device).view(heads, self.layout.kept, -1)
             packer = codec(name)
             scales = scales.clone() if scales.storage_offset() % 2 else scales  # they may begin at an odd byte
-            packer.decode(rows, scales.to(out.device), out[0])
+            packer.decode(rows, scales.to(out.device), out.view(heads, *out.shape[2:]))
             # Blocks are as finite as their scales; without scales every value is looked at.
             if not bool(torch.isfinite(scales.view(torch.float16) if packer.scale_bytes else out).all()):
                 raise PacketError("keys" if codes is self.keys else "values", "NaN or infinity")
@@ -349,6 +367,28 @@ def _check_shapes(packet: Packet, spec: ModelSpec) -> None:
             raise PacketError("shapes", "KV heads or head_dim are not those of the model that the packet names")
 
 
+def _side_by_side(layers: Sequence[PackedLayer], longest: LayerLayout, name: str) -> Tensor:
+    """A section of several layers, every head filled up to the longest."""
+    size = longest.sizes[name]
+    both = torch.zeros(len(layers), longest.kv_heads, size // longest.kv_heads, dtype=torch.uint8)
+    for row, layer in zip(both, layers, strict=True):
+        heads = getattr(layer, name).view(longest.kv_heads, -1)
+        row[:, : heads.shape[1]] = heads
+    return both.view(-1)
+
+
+def _need_one_row(cache: KVCache) -> None:
+    if cache.batch != 1:
+        raise CacheError("one packet holds one sequence: use encode_rows() for several")
+
+
+def _check_packable(cache: KVCache, start: int) -> None:
+    if not cache.rotated:
+        raise CacheError("the keys are not rotated: call rotated_as(spec) first, the plan says how they are packed")
+    if any(extent.tokens and extent.first < start for row in cache.extents for extent in row):
+        raise CacheError(f"the cache begins before position {start}: take cache.since({start})")
+
+
 def _groups(layers: int, parts: int) -> list[tuple[int, int]]:
     if not 1 <= parts <= layers:
         raise CacheError(f"a cache of {layers} layers cannot be sent in {parts} parts")
@@ -356,32 +396,70 @@ def _groups(layers: int, parts: int) -> list[tuple[int, int]]:
     return list(pairwise(edges))
 
 
-def _manifest(
-    cache: KVCache,
-    plan: Plan,
-    spec: ModelSpec,
-    start: int,
-    layout: Layout,
-    longest: int,
-    part: tuple[int, int],
-    sums: dict[str, str],
+@dataclass(frozen=True)
+class _Draft:
+    """A packet that is still to be written.
+
+    Attributes:
+        layout: where its bytes go.
+        about: its manifest but for the checksums.
+    """
+
+    layout: Layout
+    about: dict[str, Any]
+
+    @cached_property
+    def sections(self) -> dict[str, int]:
+        """Bytes of each section."""
+        return self.layout.section_sizes()
+
+    @cached_property
+    def header_size(self) -> int:
+        """Bytes of the header."""
+        return len(self.header({}))
+
+    @property
+    def size(self) -> int:
+        """Bytes of the packet."""
+        return self.header_size + sum(self.sections.values())
+
+    def header(self, sums: dict[str, str]) -> bytes:
+        """The header, with a checksum for each section."""
+        listed = [sums.get(name, NO_SUM) for name in self.sections]
+        return header_bytes({**self.about, "sums": listed}, self.layout)
+
+
+def _drafts(cache: KVCache, plans: Sequence[Plan], spec: ModelSpec, start: int, parts: int) -> list[list[_Draft]]:
+    """For each row, its packets by layer group."""
+    groups = _groups(len(spec.layers), parts)
+    rows = []
+    for extents, plan, length in zip(cache.extents, plans, cache.length, strict=True):
+        whole = plan.layout(extents, spec)
+        row = []
+        for number, (begin, stop) in enumerate(groups, 1):
+            layout = whole.covering(begin, stop)
+            row.append(_Draft(layout, _about(plan, spec, layout, (start, length, whole.longest), (number, parts))))
+        rows.append(row)
+    return rows
+
+
+def _about(
+    plan: Plan, spec: ModelSpec, layout: Layout, context: tuple[int, int, int], part: tuple[int, int]
 ) -> dict[str, Any]:
     codecs = sorted({str(codec(plan.keys)), str(codec(plan.values))})
+    which = {name: codecs.index(str(codec(name))) for name in (plan.keys, plan.values)}
     rows = [
-        [
-            *(layer.kv_heads, layer.head_dim, layer.first, layer.span, layer.kept),
-            *(codecs.index(str(codec(layer.keys))), codecs.index(str(codec(layer.values)))),
-        ]
+        (*(layer.kv_heads, layer.head_dim, layer.first, layer.span, layer.kept), which[layer.keys], which[layer.values])
         for layer in layout.layers
     ]
-    shapes = [row for index, row in enumerate(rows) if row not in rows[:index]]
+    shapes = list(dict.fromkeys(rows))
     return {
         "v": VERSION,
         "payload": "cache",
         "model": ":".join(asdict(spec.fingerprint).values()),
-        "start": start,
-        "end": cache.length[0],
-        "longest": longest,
+        "start": context[0],
+        "end": context[1],
+        "longest": context[2],
         "rotated": plan.rope == "after",
         "codecs": codecs,
         "masks": "shared" if layout.shared_masks else "layer",
@@ -389,54 +467,79 @@ def _manifest(
         "covers": [layout.begin, layout.begin + len(layout.layers), len(spec.layers)],
         "shapes": shapes,
         "layers": [figure for row, same in groupby(rows) for figure in (len(list(same)), shapes.index(row))],
-        "sums": [sums.get(name, NO_SUM) for name in layout.section_sizes()],
     }
 
 
-def _write_sections(
-    target: BinaryIO | Memory, cache: KVCache, plan: Plan, spec: ModelSpec, layout: Layout
-) -> dict[str, str]:
-    """Choose and encode layer by layer, each section's bytes to its own place; returns the sections' checksums."""
-    origin = target.tell()
-    ranges = layout.section_ranges()
-    cursors = {name: origin + begin for name, (begin, _) in ranges.items()}
-    sums = {name: xxhash.xxh3_64() for name in ranges}
+class _Writer:
+    """Puts the sections of one packet in their places; the header, which holds their checksums, comes last."""
 
-    def put(name: str, data: Tensor) -> None:
+    def __init__(self, target: BinaryIO | Memory, draft: _Draft) -> None:
+        self.target, self.draft = target, draft
+        self.begin = target.tell()
+        target.write(b"\0" * draft.header_size)
+        ends = accumulate(draft.sections.values(), initial=self.begin + draft.header_size)
+        self.cursors = dict(zip(draft.sections, ends, strict=False))
+        self.sums = {name: xxhash.xxh3_64() for name in draft.sections}
+        self.masks_end = 0
+        self.mask_offsets = draft.layout.mask_offsets()
+
+    def put(self, name: str, data: Tensor) -> None:
+        """Append bytes, uint8 on the CPU, to a section."""
         if not data.numel():
             return
-        view = memoryview(data.contiguous().cpu().reshape(-1).numpy())  # type: ignore[arg-type]
-        target.seek(cursors[name])
-        target.write(view)
-        sums[name].update(view)
-        cursors[name] += len(view)
+        view = memoryview(data.reshape(-1).numpy())  # type: ignore[arg-type]
+        self.target.seek(self.cursors[name])
+        self.target.write(view)
+        self.sums[name].update(view)
+        self.cursors[name] += len(view)
 
-    offsets = layout.mask_offsets()
-    masks_end = 0
+    def put_mask(self, index: int, positions: Tensor) -> None:
+        """Note which tokens of a layer were kept, if they need a mask of their own."""
+        layer, offset = self.draft.layout.layers[index], self.mask_offsets[index]
+        if offset is not None and offset >= self.masks_end:
+            self.put("positions", _mask(positions, layer))
+            self.masks_end = offset + layer.mask_bytes
+
+    def finish(self) -> None:
+        """Write the header and go to the packet's end."""
+        self.target.seek(self.begin)
+        self.target.write(self.draft.header({name: digest.hexdigest() for name, digest in self.sums.items()}))
+        self.target.seek(self.begin + self.draft.size)
+
+
+def _write_part(
+    targets: Sequence[BinaryIO | Memory], cache: KVCache, plan: Plan, spec: ModelSpec, drafts: Sequence[_Draft]
+) -> None:
+    """Choose and encode layer by layer, all rows together, each row's bytes to its own target."""
+    writers = [_Writer(target, draft) for target, draft in zip(targets, drafts, strict=True)]
     table = AngleTable(cache.layers[0].keys.device)
-    for index, (layout_layer, offset) in enumerate(zip(layout.layers, offsets, strict=True), layout.begin):
-        if layout_layer.kept == 0:
+    begin = drafts[0].layout.begin
+    for index in range(len(drafts[0].layout.layers)):
+        counts = [draft.layout.layers[index].kept for draft in drafts]
+        rows = [row for row, count in enumerate(counts) if count]
+        if not rows:
             continue
-        layer = plan.choose(cache.layers[index], layout_layer.kept)
-        keys = layer.keys
-        shape = spec.layers[index]
-        if plan.rope == "before" and shape.rope is not None:
-            keys = rotate(keys, table.angles(shape.rope, layer.positions).inverse())
-        for side, tensor, name in (
-            ("key", keys, layout_layer.keys),
-            ("value", layer.values, layout_layer.values),
-        ):
+        layer = cache.layers[begin + index]
+        if len(rows) < len(counts):
+            layer, counts = layer.of_rows(rows), [counts[row] for row in rows]
+        layer = plan.choose(layer, counts)
+        keys, rope = layer.keys, spec.layers[begin + index].rope
+        if plan.rope == "before" and rope is not None:
+            keys = rotate(keys, table.angles(rope, layer.positions).inverse())
+        for side, tensor, name in (("key", keys, plan.keys), ("value", layer.values, plan.values)):
             try:
-                codes, scales = codec(name).encode(tensor[0])
+                codes, scales = codec(name).encode(tensor.flatten(0, 1))
             except CodecError as error:
-                raise CacheError(f"{side}s of layer {index}: {error}") from error
-            put(f"{side}s", codes)
-            put(f"{side}_scales", scales)
-        if offset is not None and offset >= masks_end:
-            mask = _mask(layer.positions[0], layout_layer)
-            put("positions", mask)
-            masks_end = offset + layout_layer.mask_bytes
-    return {name: digest.hexdigest() for name, digest in sums.items()}
+                raise CacheError(f"{side}s of layer {begin + index}: {error}") from error
+            codes, scales = (x.cpu().view(len(rows), layer.shape[0], -1) for x in (codes, scales))
+            for number, row in enumerate(rows):
+                layout = drafts[row].layout.layers[index]
+                for section, data in ((f"{side}s", codes), (f"{side}_scales", scales)):
+                    writers[row].put(section, data[number, :, : layout.sizes[section] // layout.kv_heads])
+        for number, row in enumerate(rows):
+            writers[row].put_mask(index, layer.positions[number, : counts[number]])
+    for writer in writers:
+        writer.finish()
 
 
 def _mask(positions: Tensor, layer: LayerLayout) -> Tensor:

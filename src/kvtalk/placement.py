@@ -11,7 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -71,8 +73,12 @@ class PlacedLayer(CacheLayerMixin):  # type: ignore[misc]
         """No maximum."""
         return -1
 
+    def rows(self, which: Tensor) -> PlacedLayer:
+        """A copy that holds the given rows."""
+        return PlacedLayer(self._keys[which], self._values[which], self.used)
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Take the given rows: follow the beams, whose positions are all the same, or repeat rows for them."""
+        """Follow the beams, whose positions are all the same."""
         beam_idx = beam_idx.to(self._keys.device)
         self._keys, self._values = self._keys[beam_idx], self._values[beam_idx]
         self.keys, self.values = self._keys[:, :, : self.used], self._values[:, :, : self.used]
@@ -117,14 +123,15 @@ class PlacedCache(Cache):  # type: ignore[misc]
         """Columns of the longest layer: what `generate` counts as already read."""
         return self.columns
 
-    def repeat_rows(self, times: int) -> None:
-        """Each row so many times in a row, for beams or several samples of one prompt."""
-        if times == 1:
-            return
-        rows = torch.arange(len(self.next_positions), device=self.next_positions.device).repeat_interleave(times)
-        self.reorder_cache(rows)
-        self._tracks = [track[rows] for track in self._tracks]
-        self.next_positions = self.next_positions[rows]
+    def rows(self, which: Sequence[int]) -> PlacedCache:
+        """A copy that holds the given rows, each as often as it is named."""
+        rows = torch.tensor(which, device=self.next_positions.device)
+        other = copy(self)
+        other.layers = [layer.rows(rows) for layer in self.layers]
+        other._tracks = [track[rows] for track in self._tracks]
+        other.next_positions = self.next_positions[rows]
+        other._masks = {}
+        return other
 
     def mark(self) -> Mark:
         """Where the cache stands, to come back to with :meth:`rewind`."""
@@ -315,26 +322,53 @@ def _fill(
     keys = torch.empty(full, dtype=dtype, device=table.device)
     values = torch.empty(full, dtype=dtype, device=table.device)
     positions = torch.full((len(rows), used), PADDING, dtype=torch.long)
-    for row, parts in enumerate(rows):
-        column = 0
-        for part in parts:
-            if part.source.shape != (shape.kv_heads, shape.head_dim):
-                raise CacheError(
-                    f"layer {index} has {part.source.shape[0]} KV heads of {part.source.shape[1]}, the receiver "
-                    f"{shape.kv_heads} of {shape.head_dim}: an adapter is needed between these models"
-                )
-            stop = column + part.tokens
-            target = keys[row : row + 1, :, column:stop]
-            part.source.keys_into(target)
-            if part.turn is not None and shape.rope is not None:
-                rotate(target, table.angles(shape.rope, part.turn), out=target)
-            part.source.values_into(values[row : row + 1, :, column:stop])
-            positions[row, column:stop] = part.positions[0]
-            column = stop
+    ends = [0] * len(rows)
+    for row, column, parts in _runs(rows):
+        source = parts[0].source
+        if source.shape != (shape.kv_heads, shape.head_dim):
+            raise CacheError(
+                f"layer {index} has {source.shape[0]} KV heads of {source.shape[1]}, the receiver "
+                f"{shape.kv_heads} of {shape.head_dim}: an adapter is needed between these models"
+            )
+        if len(parts) > 1:
+            source = source.stacked([part.source for part in parts[1:]])
+        turns = _turns(parts)
+        where = (slice(row, row + len(parts)), slice(None), slice(column, column + turns.shape[1]))
+        source.keys_into(keys[where])
+        if bool(turns.any()) and shape.rope is not None:
+            rotate(keys[where], table.angles(shape.rope, turns), out=keys[where])
+        source.values_into(values[where])
+        for number, part in enumerate(parts, row):
+            positions[number, column : column + part.tokens] = part.positions[0]
+            ends[number] = column + part.tokens
+    if min(ends, default=used) < used:
         # Padding is masked, but a masked NaN left over in memory would still spoil the weighted sum.
-        keys[row, :, column:used] = 0
-        values[row, :, column:used] = 0
+        beyond = torch.arange(used, device=table.device) >= torch.tensor(ends, device=table.device)[:, None]
+        for tensor in (keys, values):
+            tensor[:, :, :used].masked_fill_(beyond[:, None, :, None], 0)
     return PlacedLayer(keys, values, used), positions
+
+
+def _runs(rows: Sequence[Sequence[_Part]]) -> Iterator[tuple[int, int, list[_Part]]]:
+    """First row, column and parts of neighbouring rows whose parts can be read together; each row's in order."""
+    ends = [0] * len(rows)
+    for slot in range(max(map(len, rows), default=0)):
+        listed = [(row, parts[slot]) for row, parts in enumerate(rows) if slot < len(parts)]
+        together = groupby(enumerate(listed), lambda x: (x[1][0] - x[0], ends[x[1][0]], x[1][1].source.kind))
+        for (_, column, _), members in together:
+            run = [member for _, member in members]
+            yield run[0][0], column, [part for _, part in run]
+        for row, part in listed:
+            ends[row] += part.tokens
+
+
+def _turns(parts: Sequence[_Part]) -> Tensor:
+    """How far to turn each key, ``[parts, tokens]``, right-padded."""
+    turns = torch.zeros(len(parts), max(part.tokens for part in parts), dtype=torch.long)
+    for row, part in zip(turns, parts, strict=True):
+        if part.turn is not None:
+            row[: part.tokens] = part.turn[0]
+    return turns
 
 
 def _grown(buffer: Tensor, used: int, columns: int) -> Tensor:

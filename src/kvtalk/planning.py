@@ -14,12 +14,12 @@ from typing import Literal
 
 import torch
 
-from kvtalk.cache import Extent, KVCache, LayerCache
+from kvtalk.cache import PADDING, Extent, KVCache, LayerCache
 from kvtalk.codecs import codec
 from kvtalk.errors import BudgetError, CacheError, CodecError
 from kvtalk.layout import LayerLayout, Layout
 from kvtalk.selection.layers import select_layers
-from kvtalk.selection.tokens import kept_count, token_policy
+from kvtalk.selection.tokens import kept_columns, kept_count, token_policy
 from kvtalk.spec import ModelSpec
 
 _UNITS = {"b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
@@ -166,7 +166,7 @@ class Plan:
         return " ".join(parts)
 
     def layout(self, extents: Sequence[Extent], spec: ModelSpec) -> Layout:
-        """Where each byte goes if a cache of these extents is sent.
+        """Where each byte goes if one sequence with these extents is sent.
 
         Raises:
             SelectionError, CodecError: the plan names something unknown.
@@ -184,11 +184,18 @@ class Plan:
         whole = all(extent.tokens == extent.span for extent in extents)
         return Layout(0, tuple(layers), policy.positional and whole)
 
-    def choose(self, layer: LayerCache, count: int) -> LayerCache:
-        """The ``count`` tokens of a layer that its token policy keeps."""
-        if count >= layer.tokens:
+    def choose(self, layer: LayerCache, counts: Sequence[int]) -> LayerCache:
+        """The tokens of a layer that the token policy keeps, so many in each row.
+
+        Rows begin at column 0; one that keeps fewer than another is filled up with copies of its last kept token,
+        which change no block's scale.
+        """
+        if min(counts) == layer.tokens:
             return layer
-        return layer.take(token_policy(self.tokens, self.seed).select(layer, count))
+        real = layer.positions != PADDING
+        if real.sum(dim=1).tolist() == list(counts):
+            return layer.take(kept_columns(real, counts))
+        return layer.take(token_policy(self.tokens, self.seed).select(layer, counts))
 
 
 def fit(

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_CHUNK_VALUES = 1 << 16
+_CHUNK_VALUES = {"cpu": 1 << 16}
+"""Values to work on at a time: few enough for a processor's cache; elsewhere everything at once."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def rotate(keys: Tensor, angles: Angles, out: Tensor | None = None) -> Tensor:
     out = torch.empty_like(keys) if out is None else out
     if 2 * half < keys.shape[-1]:
         out[..., 2 * half :] = keys[..., 2 * half :]
-    step = max(1, _CHUNK_VALUES // (keys.shape[0] * keys.shape[1] * keys.shape[3]))
+    step = max(1, _CHUNK_VALUES.get(keys.device.type, keys.numel()) // (keys.numel() // max(tokens, 1) or 1))
     for start in range(0, tokens, step):
         part = slice(start, start + step)
         cos, sin = (x if x.shape[2] == 1 else x[:, :, part] for x in (angles.cos, angles.sin))

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from kvtalk.errors import CodecError
 
-_CHUNK_VALUES = 1 << 16
+_CHUNK_VALUES = {"cpu": 1 << 16}
+"""Values to work on at a time: few enough for a processor's cache; elsewhere everything at once."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class Blocks:
 
 class Codec(ABC):
     """Packs one layer's keys or values, ``[kv_heads, tokens, head_dim]``, into codes and scales.
+
+    Heads do not know of each other, so those of several sequences can be packed in one go.
 
     Codes are ``kv_heads × tokens`` rows of equal length, so that any range of tokens can be read by itself.
     """
@@ -94,6 +97,7 @@ class Codec(ABC):
         """
 
     @staticmethod
-    def tokens_at_once(kv_heads: int, head_dim: int, multiple_of: int) -> int:
-        """Tokens to work on at a time: whole blocks, few enough to stay in the processor's cache."""
-        return max(1, _CHUNK_VALUES // (kv_heads * head_dim * multiple_of)) * multiple_of
+    def tokens_at_once(values: Tensor, multiple_of: int) -> int:
+        """Tokens of ``[kv_heads, tokens, head_dim]`` to work on at a time: whole blocks."""
+        block = max(1, values.shape[0] * values.shape[2] * multiple_of)
+        return max(1, _CHUNK_VALUES.get(values.device.type, values.numel()) // block) * multiple_of

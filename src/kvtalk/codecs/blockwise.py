@@ -44,7 +44,7 @@ class Blockwise(Codec):
         along = self.blocks.across(tokens, head_dim)
         codes = torch.empty(heads, tokens, head_dim * self.bits // 8, dtype=torch.uint8, device=values.device)
         scales = torch.empty(heads, *along, self.scales_per_block, dtype=torch.float16, device=values.device)
-        for where, rows in self._ranges(heads, tokens, head_dim):
+        for where, rows in self._ranges(values):
             blocks = _as_blocks(values[:, where].float(), rows, along[1])
             table, quantized = self.quantize(blocks)
             if not bool(torch.isfinite(table).all()):
@@ -57,15 +57,16 @@ class Blockwise(Codec):
         heads, tokens, head_dim = out.shape
         along = self.blocks.across(tokens, head_dim)
         table = scales.view(torch.float16).view(heads, *along, self.scales_per_block).float()
-        for where, rows in self._ranges(heads, tokens, head_dim):
+        for where, rows in self._ranges(out):
             blocks = _as_blocks(unpack(codes[:, where], self.bits), rows, along[1])
             out[:, where] = self.restore(blocks, table[:, rows]).view(heads, -1, head_dim)
 
-    def _ranges(self, heads: int, tokens: int, head_dim: int) -> Iterator[tuple[slice, slice]]:
+    def _ranges(self, values: Tensor) -> Iterator[tuple[slice, slice]]:
         """Ranges of tokens, and which rows of blocks they fill; the last, smaller block stands alone."""
+        tokens = values.shape[1]
         size = self.blocks.tokens or max(tokens, 1)
         whole = tokens - tokens % size
-        step = self.tokens_at_once(heads, head_dim, size)
+        step = self.tokens_at_once(values, size)
         for start in range(0, whole, step):
             stop = min(start + step, whole)
             yield slice(start, stop), slice(start // size, stop // size)

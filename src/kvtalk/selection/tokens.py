@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from kvtalk.cache import LayerCache
+from kvtalk.cache import PADDING, LayerCache
 from kvtalk.errors import SelectionError
 
 SINKS = 4
 
 
 class TokenPolicy(ABC):
-    """Scores the tokens of one layer of one sequence.
+    """Scores the tokens of one layer.
 
     Attributes:
         positional: True if the scores depend on positions alone, so that layers that hold the same tokens keep the
@@ -39,23 +40,29 @@ class TokenPolicy(ABC):
         """How much each token is worth.
 
         Args:
-            layer: one sequence, ``[1, kv_heads, tokens, head_dim]``.
+            layer: ``[batch, kv_heads, tokens, head_dim]``.
 
         Returns:
-            ``[tokens]``, higher is kept first.
+            ``[batch, tokens]``, higher is kept first; what padding scores is of no account.
         """
 
-    def select(self, layer: LayerCache, count: int) -> Tensor:
-        """Column indices of one layer to keep.
+    def select(self, layer: LayerCache, counts: Sequence[int]) -> Tensor:
+        """Columns of one layer to keep.
 
         Args:
-            layer: one sequence, ``[1, kv_heads, tokens, head_dim]``.
-            count: how many, at most the layer's tokens.
+            layer: ``[batch, kv_heads, tokens, head_dim]``.
+            counts: how many in each row, from one to the row's tokens.
 
         Returns:
-            ``[count]``, ascending, on the CPU.
+            ``[batch, max(counts)]``, ascending; a row that keeps fewer repeats its last one. Of tokens that score
+            the same, the first are kept.
         """
-        return self.score(layer).cpu().topk(count).indices.sort().values
+        scores = self.score(layer)
+        real = (layer.positions != PADDING).to(scores.device)
+        order = scores.masked_fill(~real, -torch.inf).argsort(dim=1, descending=True, stable=True)
+        columns = torch.arange(scores.shape[1], device=scores.device)
+        rank = torch.empty_like(order).scatter_(1, order, columns.expand_as(order))
+        return kept_columns(rank < torch.tensor(counts, device=scores.device)[:, None], counts)
 
 
 class Front(TokenPolicy):
@@ -65,7 +72,7 @@ class Front(TokenPolicy):
     positional = True
 
     def score(self, layer: LayerCache) -> Tensor:
-        return -torch.arange(layer.tokens, dtype=torch.float32)
+        return -_order(layer)
 
 
 class Back(TokenPolicy):
@@ -75,7 +82,7 @@ class Back(TokenPolicy):
     positional = True
 
     def score(self, layer: LayerCache) -> Tensor:
-        return torch.arange(layer.tokens, dtype=torch.float32)
+        return _order(layer)
 
 
 class Random(TokenPolicy):
@@ -85,7 +92,12 @@ class Random(TokenPolicy):
     positional = True
 
     def score(self, layer: LayerCache) -> Tensor:
-        return torch.rand(layer.tokens, generator=torch.Generator().manual_seed(self.seed))
+        real = layer.positions != PADDING
+        scores = torch.zeros(real.shape)
+        for row, which in enumerate(real):
+            generator = torch.Generator().manual_seed(self.seed)
+            scores[row, which] = torch.rand(int(which.sum()), generator=generator)
+        return scores
 
 
 class SinksAndRecent(TokenPolicy):
@@ -95,9 +107,8 @@ class SinksAndRecent(TokenPolicy):
     positional = True
 
     def score(self, layer: LayerCache) -> Tensor:
-        order = torch.arange(layer.tokens, dtype=torch.float32)
-        order[:SINKS] += layer.tokens
-        return order
+        order = _order(layer)
+        return torch.where(order < SINKS, order + layer.tokens, order)
 
 
 class KeyNorm(TokenPolicy):
@@ -107,8 +118,8 @@ class KeyNorm(TokenPolicy):
     positional = False
 
     def score(self, layer: LayerCache) -> Tensor:
-        norms: Tensor = layer.keys[0].float().square().sum(dim=-1).sqrt()
-        return -norms.mean(dim=0)
+        norms: Tensor = layer.keys.float().square().sum(dim=-1).sqrt()
+        return -norms.mean(dim=1)
 
 
 class ValueNorm(TokenPolicy):
@@ -118,8 +129,8 @@ class ValueNorm(TokenPolicy):
     positional = False
 
     def score(self, layer: LayerCache) -> Tensor:
-        norms: Tensor = layer.values[0].float().square().sum(dim=-1).sqrt()
-        return norms.mean(dim=0)
+        norms: Tensor = layer.values.float().square().sum(dim=-1).sqrt()
+        return norms.mean(dim=1)
 
 
 TOKEN_POLICIES: dict[str, type[TokenPolicy]] = {
@@ -136,6 +147,29 @@ def token_policy(name: str, seed: int = 0) -> TokenPolicy:
     if name not in TOKEN_POLICIES:
         raise SelectionError(f"no token policy {name!r}; there are {', '.join(TOKEN_POLICIES)}")
     return TOKEN_POLICIES[name](seed)
+
+
+def kept_columns(kept: Tensor, counts: Sequence[int]) -> Tensor:
+    """Columns of the tokens to keep, row by row.
+
+    Args:
+        kept: bool ``[batch, tokens]``.
+        counts: how many are True in each row, at least one in each or none in any.
+
+    Returns:
+        ``[batch, max(counts)]``, ascending; a row that keeps fewer repeats its last one.
+    """
+    if max(counts) == 0:
+        return torch.empty(len(counts), 0, dtype=torch.long, device=kept.device)
+    beyond = kept.shape[1]
+    columns = torch.arange(beyond, device=kept.device).expand_as(kept).masked_fill(~kept, beyond)
+    columns = columns.sort(dim=1).values[:, : max(counts)]
+    return columns.minimum(columns.gather(1, torch.tensor(counts, device=kept.device)[:, None] - 1))
+
+
+def _order(layer: LayerCache) -> Tensor:
+    """0, 1, 2 ... for the tokens of each row, ``[batch, tokens]``."""
+    return (layer.positions != PADDING).cumsum(dim=1).float() - 1
 
 
 def kept_count(keep: float | int, tokens: int) -> int:
