@@ -221,6 +221,11 @@ class KVCache:
                 layers.append(one.take(real))
         return KVCache(tuple(layers), (self.length[index],), self.rotated)
 
+    def of_rows(self, rows: Sequence[int]) -> KVCache:
+        """The given sequences, side by side."""
+        layers = tuple(layer.of_rows(rows) for layer in self.layers)
+        return KVCache(layers, tuple(self.length[row] for row in rows), self.rotated)
+
     def rows(self) -> Iterator[KVCache]:
         """Each sequence without its padding."""
         return (self.row(index) for index in range(self.batch))

@@ -18,6 +18,8 @@ from rich.table import Table
 from kvtalk.errors import InputError, KVTalkError
 
 if TYPE_CHECKING:
+    import torch
+
     from kvtalk.link import Answer, Link, Receiver, Sharer
     from kvtalk.planning import Plan
 
@@ -65,6 +67,39 @@ SharerOption = Annotated[
 ]
 ReceiverOption = Annotated[
     str | None, typer.Option("--receiver", "-r", help="Model that answers; by default the sharer's.")
+]
+
+TaskOption = Annotated[str, typer.Option("--task", "-t", help="Name of the task; an unknown one lists them.")]
+ArmsOption = Annotated[
+    str | None, typer.Option("--arms", help="Comma-separated; by default receiver,text,cache,wrong,zeroed.")
+]
+ProtocolOption = Annotated[
+    str | None, typer.Option(help="letter or likelihood for multiple choice; by default the task's first.")
+]
+MetricsOption = Annotated[
+    str | None, typer.Option(help="Comma-separated metrics of answers in words; the first one leads.")
+]
+OutOption = Annotated[
+    Path | None,
+    typer.Option("--out", "-o", help="Folder for the results, by default results/TASK/MODELS; a stopped run goes on."),
+]
+DataOption = Annotated[
+    Path | None,
+    typer.Option("--data", "-d", help="Local file, or folder with the task's file; by default KVTALK_DATA, then hub."),
+]
+HubOption = Annotated[str | None, typer.Option(help="Another hub data set of the task's form, or a folder like one.")]
+RevisionOption = Annotated[str | None, typer.Option(help="Of the hub data set.")]
+LimitOption = Annotated[int | None, typer.Option(min=1, help="Only the first items.")]
+BatchOption = Annotated[int | None, typer.Option(min=1, help="Items at a time; by default 16, on a GPU 256.")]
+RelayOption = Annotated[int, typer.Option(min=1, help="Length of the text that the sharer writes in the arm relay.")]
+DtypeOption = Annotated[
+    str | None, typer.Option(help="float32, bfloat16 or float16; by default what is fast on this device.")
+]
+EmbedderOption = Annotated[
+    str | None, typer.Option(help="sentence-transformers id or folder, for the metrics of relevance.")
+]
+TimeOption = Annotated[
+    int, typer.Option("--time", min=0, help="Afterwards time so many items one by one, every phase, in each arm.")
 ]
 
 
@@ -199,45 +234,121 @@ def inspect(
 
 @app.command("eval")
 def evaluate(
-    out_dir: Annotated[Path, typer.Option("--out", "-o", help="Folder for the results; a stopped run goes on there.")],
-    data: Annotated[
-        Path | None,
-        typer.Option("--data", "-d", help="JSON lines: id, context, question, answers; by default our own passages."),
-    ] = None,
+    task: TaskOption = "invented",
     sharer: SharerOption = DEFAULT_MODEL,
     receiver: ReceiverOption = None,
-    arm: Annotated[
+    arms: ArmsOption = None,
+    plan: Annotated[
         list[str] | None,
-        typer.Option("--arm", help="none, text, wrong, zeroed, budget=SIZE, or a plan; repeat for several."),
+        typer.Option("--plan", "-p", help="What the cache arms send, see `kvtalk ask --help`; repeat for several."),
     ] = None,
-    arms_file: Annotated[
-        Path | None, typer.Option("--arms-file", help="The same, one a line; # starts a comment.")
+    budget: Annotated[
+        list[str] | None, typer.Option("--budget", "-b", help="Or the best plan within a budget; repeat for several.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first items.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Items at a time.")] = 16,
-    max_new_tokens: TokensOption = 24,
+    protocol: ProtocolOption = None,
+    metrics: MetricsOption = None,
+    out_dir: OutOption = None,
+    data: DataOption = None,
+    hub: HubOption = None,
+    revision: RevisionOption = None,
+    limit: LimitOption = None,
+    batch: BatchOption = None,
+    relay_tokens: RelayOption = 256,
+    embedder: EmbedderOption = None,
+    dtype: DtypeOption = None,
+    time_items: TimeOption = 0,
     recompute: Annotated[
-        bool, typer.Option("--recompute", help="Only redo table and picture of a finished run.")
-    ] = False,
+        Path | None,
+        typer.Option(
+            help="Only redo summary, table and picture of a finished run in this folder; with --metrics, add these."
+        ),
+    ] = None,
 ) -> None:
-    """Score any number of plans and their controls on the same questions; writes every answer, a table, a picture."""
-    from kvtalk.evaluation import runner
-    from kvtalk.evaluation.arms import parse_arms
-    from kvtalk.evaluation.items import load_items, samples
-    from kvtalk.evaluation.picture import draw
+    """Score any arms on the same questions of a task, with every answer kept.
 
-    if recompute:
-        summary = runner.recompute(out_dir)
-    else:
-        items = samples()[:limit] if data is None else load_items(data, limit)
-        lines = list(arm or []) + (read_text(str(arms_file)).splitlines() if arms_file else [])
-        arms = parse_arms(lines)
-        with _loading():
-            link = _link(sharer, receiver)
-        summary = runner.run(link, items, arms, out_dir, batch=batch, max_new_tokens=max_new_tokens)
-    draw({out_dir.name: summary["arms"]}, out_dir / "picture.png", str(out_dir), "f1", "F1")
-    out.print(_arms_table(summary))
-    out.print(escape(f"every answer: {out_dir}/items.jsonl.gz, picture: {out_dir}/picture.png"))
+    [bold]kvtalk eval --task squad --data FOLDER --arms receiver,text,cache,wrong,zeroed --plan int8[/]
+
+    Arms: receiver, sharer (alone), text (the ceiling), relay (the sharer writes a text), routing, cache, and its
+    controls wrong, zeroed, self. A gain is printed only where wrong and zeroed were run.
+    """
+    from kvtalk.evaluation import session
+
+    if recompute is not None:
+        asked = session.Asked(task, data, hub, revision, limit, protocol, _listed(metrics), embedder)
+        session.redo(out, recompute, asked if metrics else None)
+        return
+    asked = session.Asked(task, data, hub, revision, limit, protocol, _listed(metrics), embedder)
+    ways = [*(plan or []), *(f"budget={size}" for size in budget or [])]
+    run = session.prepare(asked, _listed(arms), ways, None, batch, relay_tokens, time_items)
+    with _loading():
+        link = _link(sharer, receiver, dtype)
+    session.evaluate(out, link, run, out_dir)
+
+
+@app.command()
+def curve(
+    task: TaskOption = "invented",
+    sharer: SharerOption = DEFAULT_MODEL,
+    receiver: ReceiverOption = None,
+    arms: ArmsOption = None,
+    codecs: Annotated[
+        str | None, typer.Option(help="Codecs to combine with the next three, such as 'bf16,int4:channel/int4:token'.")
+    ] = None,
+    tokens: Annotated[str | None, typer.Option(help="Token policies, such as 'value_norm,front'.")] = None,
+    keep: Annotated[
+        str | None, typer.Option(help="Shares or numbers of tokens to keep, such as '100%,50%,128'.")
+    ] = None,
+    layers: Annotated[
+        list[str] | None, typer.Option(help="Layer policy, such as last:50% or 0,4-9; repeat for several.")
+    ] = None,
+    plan: Annotated[list[str] | None, typer.Option("--plan", "-p", help="A further plan; repeat for several.")] = None,
+    plans_file: Annotated[Path | None, typer.Option(help="Plans to try, one a line; # starts a comment.")] = None,
+    budget: Annotated[list[str] | None, typer.Option("--budget", "-b", help="A budget; repeat for several.")] = None,
+    metrics: MetricsOption = None,
+    out_dir: OutOption = None,
+    data: DataOption = None,
+    hub: HubOption = None,
+    revision: RevisionOption = None,
+    limit: LimitOption = None,
+    batch: BatchOption = None,
+    relay_tokens: RelayOption = 256,
+    embedder: EmbedderOption = None,
+    dtype: DtypeOption = None,
+    time_items: TimeOption = 0,
+) -> None:
+    """Sweep plans over one task: score against bytes, the Pareto front, and the floor of the controls.
+
+    Every combination of --codecs, --tokens, --keep and --layers is tried, and every line of --plans-file; with none of
+    them, a choice of 28; and every --plan and --budget besides. The sharer reads each context once for all plans. The
+    controls run with the largest, the middle and the smallest plan.
+    """
+    from kvtalk.evaluation import curve as sweep
+    from kvtalk.evaluation import session
+
+    lines = [line.split("#")[0].strip() for line in read_text(str(plans_file)).splitlines()] if plans_file else []
+    listed = [line for line in lines if line]
+    if codecs or tokens or keep or layers:
+        listed += sweep.grid(_listed(codecs), _listed(tokens), _listed(keep), layers or [])
+    listed = listed or list(sweep.DEFAULT_PLANS)
+    ways = sweep.normalized([*listed, *(plan or []), *(f"budget={size}" for size in budget or [])])
+    asked = session.Asked(task, data, hub, revision, limit, None, _listed(metrics), embedder)
+    run = session.prepare(asked, _listed(arms), ways, sweep.controlled(ways), batch, relay_tokens, time_items)
+    with _loading():
+        link = _link(sharer, receiver, dtype)
+    session.evaluate(out, link, run, out_dir)
+
+
+@app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="Result folders of `kvtalk eval` and `kvtalk curve`.")],
+    out_file: Annotated[Path, typer.Option("--out", "-o", help="HTML page to write.")] = Path("report.html"),
+    title: Annotated[str, typer.Option(help="Its heading.")] = "What does a KV cache carry?",
+) -> None:
+    """Make one self-contained page of any number of runs: tables, curves, answers side by side."""
+    from kvtalk.evaluation import report as page
+
+    page.write(folders, out_file, title)
+    out.print(escape(f"{out_file}: {out_file.stat().st_size:,} bytes, open it in a browser"))
 
 
 @app.command()
@@ -338,10 +449,19 @@ def _plan(text: str | None, seed: int) -> Plan | None:
     return Plan.parse(text, seed)
 
 
-def _link(sharer: str, receiver: str | None) -> Link:
+def _link(sharer: str, receiver: str | None, dtype: str | None = None) -> Link:
     from kvtalk.link import Link
 
-    return Link(sharer, receiver or sharer)
+    return Link(sharer, receiver or sharer, dtype=_dtype(dtype))
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    import torch
+
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name is not None and name not in known:
+        raise InputError(f"no dtype {name!r}; there are {', '.join(known)}")
+    return known[name] if name else None
 
 
 def _sharer(name: str) -> Sharer:
@@ -386,7 +506,7 @@ def _sampling(temperature: float, seed: int) -> dict[str, Any]:
 def _comparisons(
     link: Link, text: str, question: str, plan: Plan | None, tokens: int, seed: int, options: dict[str, Any]
 ) -> Iterator[tuple[str, Answer]]:
-    from kvtalk.evaluation.items import unrelated_text
+    from kvtalk.evaluation.data import unrelated_text
 
     kwargs = {"max_new_tokens": tokens, **options}
     _sampling(0, seed)
@@ -431,14 +551,8 @@ def _print_phases(made: Answer) -> None:
     out.print(table)
 
 
-def _arms_table(summary: dict[str, Any]) -> Table:
-    from kvtalk.evaluation.runner import COLUMNS, cells
-
-    table = Table(*COLUMNS)
-    table.columns[0].overflow = "fold"
-    for row in summary["arms"]:
-        table.add_row(*map(escape, cells(row)))
-    return table
+def _listed(text: str | None) -> list[str]:
+    return [word.strip() for word in (text or "").split(",") if word.strip()]
 
 
 def _as_dict(made: Answer) -> dict[str, Any]:

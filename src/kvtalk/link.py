@@ -84,15 +84,18 @@ class Sharer:
     def __init__(self, lm: LM) -> None:
         self.lm = lm
 
-    def read(self, context: str) -> KVCache:
-        """The cache of a context, the sharer's own head taken off; what no later token can attend is left out.
+    def read(self, *contexts: str) -> KVCache:
+        """The cache of a context, or of several side by side, one row each.
+
+        The sharer's own head is taken off, and what no later token can attend is left out.
 
         Raises:
             InputError: empty, or longer than the model reads.
         """
-        if not context.strip():
+        if not contexts or not all(context.strip() for context in contexts):
             raise InputError("the context is empty: give a text to read")
-        cache = self.lm.prefill([self.lm.head_ids() + self.lm.encode(context)])
+        head = self.lm.head_ids()
+        cache = self.lm.prefill([head + self.lm.encode(context) for context in contexts])
         return cache.since(self.start).attendable(self.lm.spec)
 
     @property
@@ -128,6 +131,16 @@ class Sharer:
     def encode(self, cache: KVCache, plan: Plan) -> memoryview:
         """The packet, in memory, of a cache that was read with :meth:`read`."""
         return wire.encode(cache, plan, self.lm.spec, self.start)
+
+    def encode_rows(self, cache: KVCache, plans: Sequence[Plan]) -> list[memoryview]:
+        """A packet of each row; rows whose plans differ only in the tokens they keep are packed in one go."""
+        blobs: dict[int, memoryview] = {}
+        for same in {replace(plan, keep=1.0) for plan in plans}:
+            rows = [row for row, plan in enumerate(plans) if replace(plan, keep=1.0) == same]
+            part = cache if len(rows) == cache.batch else cache.of_rows(rows)
+            made = wire.encode_rows(part, [plans[row] for row in rows], self.lm.spec, self.start)
+            blobs.update(zip(rows, made, strict=True))
+        return [blobs[row] for row in range(cache.batch)]
 
     def share(self, context: str, budget: Budget | str | None = None, plan: Plan | None = None) -> Shared:
         """Read a context and pack its cache into memory.
@@ -272,15 +285,20 @@ class Receiver:
 class Link:
     """A sharer and a receiver of the same model in one process, joined by real packets."""
 
-    def __init__(self, sharer: LM | str, receiver: LM | str) -> None:
+    def __init__(self, sharer: LM | str, receiver: LM | str, *, dtype: torch.dtype | None = None) -> None:
         """Join two models, or names to load them by; a name given twice is loaded once.
+
+        Args:
+            sharer: reads the context.
+            receiver: answers.
+            dtype: of models that are loaded here; by default what is fast on the device.
 
         Raises:
             ModelError: a model cannot be loaded.
         """
-        read = LM.load(sharer) if isinstance(sharer, str) else sharer
+        read = LM.load(sharer, dtype=dtype) if isinstance(sharer, str) else sharer
         if isinstance(receiver, str):
-            receiver = read if receiver == sharer else LM.load(receiver)
+            receiver = read if receiver == sharer else LM.load(receiver, dtype=dtype)
         self.sharer, self.receiver = Sharer(read), Receiver(receiver)
 
     def warm_up(self) -> None:

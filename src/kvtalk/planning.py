@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 
 from kvtalk.cache import PADDING, Extent, KVCache, LayerCache
-from kvtalk.codecs import codec
+from kvtalk.codecs import codec, short_name
 from kvtalk.errors import BudgetError, CacheError, CodecError
 from kvtalk.layout import LayerLayout, Layout
 from kvtalk.selection.layers import select_layers
@@ -155,7 +155,8 @@ class Plan:
         return plan
 
     def __str__(self) -> str:
-        parts = [self.keys if self.keys == self.values else f"{self.keys}/{self.values}"]
+        keys, values = short_name(self.keys), short_name(self.values)
+        parts = [keys if keys == values else f"{keys}/{values}"]
         if self.rope == "before":
             parts.append("before")
         if not self.keeps_all:

@@ -7,6 +7,7 @@ parts apart, which is what makes "the cache" and "the context as text" the very 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
@@ -49,20 +50,34 @@ EXAMPLES = PromptFormat(_EXAMPLES + "Text: ", "\nQuestion: ", "\nAnswer:", ("\n"
 """Two worked examples first, so that small and base models answer in a few words."""
 
 
-def chat_format(tokenizer: PreTrainedTokenizerBase) -> PromptFormat:
-    """The tokenizer's own chat template around context and question, without a thinking phase where it has one."""
-    message = f"{_INSTRUCTION}\n\n{_CONTEXT}\n\nQuestion: {_QUESTION}"
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": message}],
-        tokenize=False,
-        add_generation_prompt=True,
-        enable_thinking=False,
+def render(tokenizer: PreTrainedTokenizerBase, turns: Sequence[str]) -> str:
+    """A conversation up to where the model speaks, without a thinking phase where there is one.
+
+    Args:
+        tokenizer: its chat template is used if it has one; otherwise the turns stand one after the other.
+        turns: user, assistant, user and so on; the last is the user's.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        return "\n\n".join(turns)
+    roles = ("user", "assistant")
+    text = str(
+        tokenizer.apply_chat_template(
+            [{"role": roles[index % 2], "content": turn} for index, turn in enumerate(turns)],
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=False,
+        )
     )
-    head, _, rest = str(text).partition(_CONTEXT)
-    before, _, after = rest.partition(_QUESTION)
     bos = tokenizer.bos_token
-    if bos and head.startswith(bos) and list(tokenizer("a").input_ids)[:1] == [tokenizer.bos_token_id]:
-        head = head[len(bos) :]
+    adds_bos = bos and list(tokenizer("a").input_ids)[:1] == [tokenizer.bos_token_id]
+    return text.removeprefix(bos) if adds_bos else text
+
+
+def chat_format(tokenizer: PreTrainedTokenizerBase) -> PromptFormat:
+    """The tokenizer's own chat template around context and question."""
+    text = render(tokenizer, [f"{_INSTRUCTION}\n\n{_CONTEXT}\n\nQuestion: {_QUESTION}"])
+    head, _, rest = text.partition(_CONTEXT)
+    before, _, after = rest.partition(_QUESTION)
     return PromptFormat(head, before, after)
 
 

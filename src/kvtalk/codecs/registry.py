@@ -34,6 +34,13 @@ def codec(text: str) -> Codec:
     return CODECS[family](ALIASES.get(block) or _blocks(text, block))
 
 
+def short_name(name: str) -> str:
+    """A codec's name with ``token`` and ``channel`` for the blocks that they stand for."""
+    family, _, block = str(codec(name)).partition(":")
+    alias = next((alias for alias, blocks in ALIASES.items() if str(blocks) == block), block)
+    return f"{family}:{alias}" if alias else family
+
+
 def _blocks(text: str, block: str) -> Blocks:
     sizes = [0 if part == "*" else int(part) if part.isdecimal() and len(part) < 7 else -1 for part in block.split("x")]
     if len(sizes) != 2 or min(sizes) < 0 or "0" in block.split("x"):

@@ -1,51 +1,98 @@
-"""Arms as text, for the command line and files."""
+"""Arms: the ways for the receiver to get at an answer."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 from kvtalk.errors import InputError
-from kvtalk.evaluation.runner import Arm
 from kvtalk.planning import Budget, Plan
 
-DEFAULT = (
-    "none",
-    "text",
-    "wrong",
-    "zeroed",
-    "bf16",
-    "int8:channel/int8:token before",
-    "int4:channel/int4:token before",
-    "budget=10%",
-)
+Kind = Literal["receiver", "sharer", "text", "relay", "routing", "cache", "wrong", "zeroed", "self"]
+KINDS: tuple[str, ...] = get_args(Kind)
+TRANSFERS = ("cache", "wrong", "zeroed", "self")
+"""Those that send a packet and so have a plan."""
+
+DESTROYED = ("wrong", "zeroed")
+"""What a transfer is worth is what it scores above the best of these."""
+
+ABOUT = {
+    "receiver": "the receiver alone, without the context",
+    "sharer": "the sharer alone, with the context",
+    "text": "the receiver with the context as text",
+    "relay": "the receiver with a text that the sharer wrote for it",
+    "routing": "per question the more confident of receiver alone and sharer alone",
+    "cache": "the receiver with the sharer's cache of the context",
+    "wrong": "the same with the cache of another item's context",
+    "zeroed": "the same with every key and value of the cache set to zero",
+    "self": "the same with the receiver's own cache in the sharer's place",
+}
 
 
-def parse_arms(lines: Sequence[str]) -> list[Arm]:
-    """Arms from lines; :data:`DEFAULT` if there are none.
+@dataclass(frozen=True)
+class Arm:
+    """One way to answer.
 
-    A line is ``none``, ``text``, ``wrong``, ``zeroed`` (these two with a plan after them if it is not bf16),
-    ``budget=SIZE``, or a plan; a plan may end in ``contiguous`` to close the holes of dropped tokens.
+    Attributes:
+        name: in tables and files.
+        kind: see :data:`ABOUT`.
+        plan: of the packet.
+        budget: of the packet; with it, the plan may be None.
+        gaps: see :func:`kvtalk.placement.place`.
+    """
+
+    name: str
+    kind: Kind
+    plan: Plan | None = None
+    budget: str | None = None
+    gaps: bool = True
+
+    @property
+    def way(self) -> str:
+        """What is sent, without who sends it: arms of one way are each other's controls."""
+        return self.name.partition(" ")[2]
+
+
+def make_arms(kinds: Sequence[str], ways: Sequence[str] = (), controlled: Sequence[str] | None = None) -> list[Arm]:
+    """The arms of a run.
+
+    Args:
+        kinds: names from :data:`KINDS`.
+        ways: what to send, each a plan, a plan that ends in ``contiguous`` (holes of dropped tokens are closed), or
+            ``budget=SIZE``, maybe with a plan after it; by default bf16.
+        controlled: which of ``ways`` are also sent by the controls (wrong, zeroed, self); by default all.
 
     Raises:
-        InputError: the same arm twice.
-        KVTalkError: a line that is none of these.
+        InputError: an unknown or repeated name, or routing without the two arms between which it chooses.
+        KVTalkError: a way that is not one.
     """
-    wanted = [line.split("#")[0].strip() for line in lines]
-    wanted = [line for line in wanted if line] or list(DEFAULT)
-    if len(set(wanted)) != len(wanted):
-        raise InputError("an arm is listed twice")
-    return [_parse(line) for line in wanted]
+    for kind in kinds:
+        if kind not in KINDS:
+            raise InputError(f"no arm {kind!r}; there are {', '.join(KINDS)}")
+    if not kinds:
+        raise InputError(f"no arm to run; there are {', '.join(KINDS)}")
+    if "routing" in kinds and not {"receiver", "sharer"} <= set(kinds):
+        raise InputError("the arm routing chooses between two others: add receiver and sharer")
+    ways = [way.strip() for way in ways] or ["bf16"]
+    if len(set(kinds)) != len(kinds) or len(set(ways)) != len(ways):
+        raise InputError("an arm or a plan is listed twice")
+    plain = [Arm(kind, kind) for kind in KINDS if kind in kinds and kind not in TRANSFERS]  # type: ignore[arg-type]
+    sent = [
+        _transfer(kind, way)
+        for way in ways
+        for kind in TRANSFERS
+        if kind in kinds and (kind == "cache" or controlled is None or way in controlled)
+    ]
+    return plain + sent
 
 
-def _parse(line: str) -> Arm:
-    first, _, rest = line.partition(" ")
-    if line in ("none", "text"):
-        return Arm(line, "none" if line == "none" else "text")
-    if first in ("wrong", "zeroed"):
-        return Arm(line, "wrong" if first == "wrong" else "zeroed", Plan.parse(rest) if rest else Plan())
+def _transfer(kind: str, way: str) -> Arm:
+    first, _, rest = way.partition(" ")
+    name = f"{kind} {way}"
     if first.startswith("budget="):
         budget = first.removeprefix("budget=")
         Budget.parse(budget)
-        return Arm(line, "cache", Plan.parse(rest) if rest else None, budget)
-    gaps = not line.endswith(" contiguous")
-    return Arm(line, "cache", Plan.parse(line.removesuffix(" contiguous")), gaps=gaps)
+        return Arm(name, kind, Plan.parse(rest) if rest else None, budget)  # type: ignore[arg-type]
+    gaps = not way.endswith(" contiguous")
+    return Arm(name, kind, Plan.parse(way.removesuffix(" contiguous")), gaps=gaps)  # type: ignore[arg-type]

@@ -12,21 +12,24 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from kvtalk.evaluation.arms import parse_arms
-from kvtalk.evaluation.items import Item, samples, unrelated_text
+from kvtalk.evaluation.arms import Arm, make_arms
+from kvtalk.evaluation.data import Passage, samples, unrelated_text
 from kvtalk.evaluation.picture import draw
-from kvtalk.evaluation.runner import Arm, run
+from kvtalk.evaluation.protocols import protocol_for
+from kvtalk.evaluation.runner import run
+from kvtalk.evaluation.tasks import task_named
 from kvtalk.link import Answer, Link
 
 MODELS = ("smollm2-135m", "gemma3-270m")
-ARMS = ("none", "text", "wrong", "zeroed", "bf16", "budget=50%", "budget=25%", "budget=10%", "budget=5%")
+KINDS = ("receiver", "text", "cache", "wrong", "zeroed")
+WAYS = ("bf16", "budget=50%", "budget=25%", "budget=10%", "budget=5%")
 TIMED_QUESTIONS = 3
 TITLES = {
-    "none": "no context",
+    "receiver": "no context",
     "text": "context as text",
-    "wrong": "another text's cache",
-    "zeroed": "its cache, all zero",
-    "bf16": "cache, bf16",
+    "wrong bf16": "another text's cache",
+    "zeroed bf16": "its cache, all zero",
+    "cache bf16": "cache, bf16",
 }
 
 
@@ -40,14 +43,14 @@ def run_demo(console: Console, out: Path, questions: int) -> None:
     """
     every = samples()
     items = [every[index * len(every) // questions] for index in range(questions)]
-    arms = parse_arms(ARMS)
+    arms = make_arms(KINDS, WAYS, WAYS[:1])
     rows: dict[str, list[dict[str, Any]]] = {}
     for name in MODELS:
         console.print(f"[bold]{name}[/]: {len(items)} questions about invented passages, {len(arms)} ways to answer")
         link = Link(name, name)
         link.warm_up()
         shutil.rmtree(out / name, ignore_errors=True)
-        rows[name] = run(link, items, arms, out / name)["arms"]
+        rows[name] = run(link, protocol_for(task_named("invented")), items, arms, out / name)["arms"]
         for row, arm in zip(rows[name], arms, strict=True):
             row["first_token_ms"] = statistics.median(
                 _first_token_ms(link, item, arm) for item in items[:TIMED_QUESTIONS]
@@ -60,19 +63,19 @@ def run_demo(console: Console, out: Path, questions: int) -> None:
     console.print(f"table: {out / 'table.md'}, picture: {out / 'picture.png'}, every answer: {out}/*/items.jsonl.gz")
 
 
-def _ask(link: Link, item: Item, arm: Arm) -> Answer:
-    if arm.kind in ("none", "text"):
+def _ask(link: Link, item: Passage, arm: Arm) -> Answer:
+    if arm.kind in ("receiver", "text"):
         return link.receiver.answer_text(item.context if arm.kind == "text" else None, item.question)
     context = unrelated_text(item.context) if arm.kind == "wrong" else item.context
     return link.ask(context, item.question, budget=arm.budget, plan=arm.plan)
 
 
-def _first_token_ms(link: Link, item: Item, arm: Arm) -> float:
+def _first_token_ms(link: Link, item: Passage, arm: Arm) -> float:
     cost = _ask(link, item, arm).cost
     return 1000 * (cost.decode + cost.place + cost.first_token)
 
 
-def _show_one(console: Console, link: Link, item: Item, arms: Sequence[Arm]) -> None:
+def _show_one(console: Console, link: Link, item: Passage, arms: Sequence[Arm]) -> None:
     console.print(f"[dim]{escape(item.context)}[/]")
     console.print(f"[bold]{escape(item.question)}[/] (right: {escape(item.answers[0])})")
     for arm in (arm for arm in arms if arm.kind != "zeroed"):
@@ -81,7 +84,7 @@ def _show_one(console: Console, link: Link, item: Item, arms: Sequence[Arm]) -> 
 
 
 def _title(name: str) -> str:
-    return TITLES.get(name, name.replace("budget=", "cache, budget "))
+    return TITLES.get(name, name.replace("cache budget=", "cache, budget "))
 
 
 def _table(rows: dict[str, list[dict[str, Any]]]) -> Table:

@@ -1,4 +1,4 @@
-"""Score against bytes, with the controls as lines."""
+"""Score against bytes, with the controls as a band."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from kvtalk.errors import InputError
+from kvtalk.evaluation.arms import DESTROYED
+from kvtalk.evaluation.curve import pareto
 
 _COLOURS = ("#3b6fb6", "#c8553d", "#4f9d69", "#8d6cab")
-_LABELS = {"none": "no context", "wrong": "another text's cache"}
-_STYLES = {"none": ":", "wrong": "--"}
 
 
-def draw(runs: Mapping[str, Sequence[dict[str, Any]]], file: Path, title: str, metric: str, axis: str) -> None:
-    """One picture of a score against bytes (log axis), 95% intervals as bars, best plans joined.
+def draw(runs: Mapping[str, Sequence[Mapping[str, Any]]], file: Path, title: str, metric: str, axis: str) -> None:
+    """One picture of a score against bytes (log axis): 95% intervals as bars, the best plans joined.
 
     Args:
         runs: per name, the arms of a run's summary.
         file: PNG to write.
         title: above it.
-        metric: ``f1``, ``em`` or ``contains``.
+        metric: which score.
         axis: what the metric is called.
 
     Raises:
@@ -29,19 +29,21 @@ def draw(runs: Mapping[str, Sequence[dict[str, Any]]], file: Path, title: str, m
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise InputError("pictures need matplotlib: pip install 'kvtalk[plot]'") from error
+        raise InputError("pictures need matplotlib: pip install 'kvtalk[eval]'") from error
     figure = Figure(figsize=(9, 5), dpi=150, layout="constrained")
     axes = figure.subplots()
     for colour, (name, rows) in zip(_COLOURS, runs.items(), strict=False):
-        caches = sorted((row for row in rows if row["kind"] == "cache"), key=lambda row: row["bytes"])
-        _points(axes, caches, metric, colour, f"{name}: cache", "o")
-        front = _front(caches, metric)
+        _points(axes, [row for row in rows if row["kind"] == "cache"], metric, colour, f"{name}: cache", "o")
+        front = pareto(rows, metric)
         axes.plot([row["bytes"] for row in front], [row[metric][0] for row in front], color=colour, linewidth=1.5)
         _points(axes, [row for row in rows if row["kind"] == "text"], metric, colour, f"{name}: text", "*")
+        _points(axes, [row for row in rows if row["kind"] == "relay"], metric, colour, f"{name}: text relay", "P")
         for row in rows:
-            if row["kind"] in _LABELS:
-                label, style = f"{name}: {_LABELS[row['kind']]}", _STYLES[row["kind"]]
-                axes.axhline(row[metric][0], label=label, color=colour, linestyle=style, linewidth=1.2)
+            if row["kind"] == "receiver":
+                axes.axhline(row[metric][0], label=f"{name}: alone", color=colour, linestyle=":", linewidth=1.2)
+        band = floor(rows, metric)
+        if band:
+            axes.axhspan(*band, label=f"{name}: destroyed caches", color=colour, alpha=0.15, linewidth=0)
     axes.set_xscale("log")
     axes.set_xlabel("bytes that cross, per context")
     axes.set_ylabel(axis)
@@ -53,19 +55,18 @@ def draw(runs: Mapping[str, Sequence[dict[str, Any]]], file: Path, title: str, m
     figure.savefig(file)
 
 
-def _points(axes: Any, rows: Sequence[dict[str, Any]], metric: str, colour: str, label: str, marker: str) -> None:
+def floor(rows: Sequence[Mapping[str, Any]], metric: str) -> tuple[float, float] | None:
+    """What destroyed caches score: from the least to the greatest end of their intervals; None without any."""
+    controls = [row[metric] for row in rows if row["kind"] in DESTROYED]
+    return (min(low for _, low, _ in controls), max(high for _, _, high in controls)) if controls else None
+
+
+def _points(axes: Any, rows: Sequence[Mapping[str, Any]], metric: str, colour: str, label: str, marker: str) -> None:
+    if not rows:
+        return
     means = [row[metric][0] for row in rows]
     below = [row[metric][0] - row[metric][1] for row in rows]
     above = [row[metric][2] - row[metric][0] for row in rows]
     style = {"fmt": marker, "color": colour, "label": label, "elinewidth": 0.6, "capsize": 2, "alpha": 0.85}
-    size = 13 if marker == "*" else 4.5
-    axes.errorbar([row["bytes"] for row in rows], means, [below, above], markersize=size, **style)
-
-
-def _front(rows: Sequence[dict[str, Any]], metric: str) -> list[dict[str, Any]]:
-    """The rows that no row of fewer bytes matches; ``rows`` ascend in bytes."""
-    front: list[dict[str, Any]] = []
-    for row in rows:
-        if not front or row[metric][0] > front[-1][metric][0]:
-            front.append(row)
-    return front
+    size = {"*": 13, "P": 8}.get(marker, 4.5)
+    axes.errorbar([max(row["bytes"], 1) for row in rows], means, [below, above], markersize=size, **style)

@@ -1,7 +1,7 @@
 """Run arms on the same items and keep every answer.
 
-An arm is one way for the receiver to get at the context. All arms of a batch share one prefill of the sharer. What
-is written is enough to recompute any figure without a model; a run that is killed goes on where it stopped.
+All arms of a batch share one prefill of the sharer, and all arms of one plan its packets. What is written is enough
+to recompute any figure without a model; a run that is killed goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import transformers
@@ -22,130 +22,83 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.progress import (
+    Task as BarTask,
+)
+from rich.text import Text
 
 import kvtalk
-from kvtalk.cache import KVCache, LayerCache, Prefix
 from kvtalk.errors import InputError
-from kvtalk.evaluation.items import Item, digest
-from kvtalk.evaluation.metrics import Interval, bootstrap, contains_answer, exact_match, f1
-from kvtalk.link import Link, bits_per_value
-from kvtalk.placement import PlacedCache
-from kvtalk.planning import Budget, Plan
+from kvtalk.evaluation.arms import Arm
+from kvtalk.evaluation.batch import Batch, Settings
+from kvtalk.evaluation.data import Item, Passage, digest
+from kvtalk.evaluation.protocols import Protocol
+from kvtalk.evaluation.summary import Record, plan_from, read_records, route, summarize, write_summary
+from kvtalk.link import Link
 from kvtalk.transport.file import saving
 
-Kind = Literal["none", "text", "cache", "wrong", "zeroed"]
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One way to get at the context.
-
-    Attributes:
-        name: in tables and files.
-        kind: ``none``: the question alone. ``text``: the context before it. ``cache``: a packet of it.
-            ``wrong``: a packet of another item's context. ``zeroed``: its packet, all keys and values set to zero.
-        plan: of the packet.
-        budget: of the packet; with it, the plan may be None.
-        gaps: see :func:`kvtalk.placement.place`.
-    """
-
-    name: str
-    kind: Kind
-    plan: Plan | None = None
-    budget: str | None = None
-    gaps: bool = True
-
-
-@dataclass(frozen=True)
-class Record:
-    """One item in one arm."""
-
-    id: str
-    arm: str
-    answer: str
-    em: float
-    f1: float
-    contains: float
-    nll: float
-    bytes: int
-    bits_per_value: float
-    plan: str
+SHOWN_ITEMS = 8
 
 
 def run(
     link: Link,
+    protocol: Protocol,
     items: Sequence[Item],
     arms: Sequence[Arm],
     out: Path,
-    *,
-    batch: int = 16,
-    max_new_tokens: int = 24,
+    settings: Settings | None = None,
 ) -> dict[str, Any]:
     """Evaluate and write ``manifest.json``, ``items.jsonl.gz``, ``summary.json`` and ``table.md`` into a folder.
 
     Args:
         link: sharer and receiver.
-        items: what is asked; items next to each other may share a context.
-        arms: names must differ.
+        protocol: how the questions are asked.
+        items: what is asked.
+        arms: see :func:`kvtalk.evaluation.arms.make_arms`.
         out: created if need be; a run of the same items, arms and models in it is continued.
-        batch: items at a time.
-        max_new_tokens: of each answer.
+        settings: batch, length of a relayed text.
 
     Returns:
         the summary.
 
     Raises:
-        InputError: the folder holds another run.
+        InputError: the folder holds another run, or an arm that the task cannot serve.
     """
+    settings = settings or Settings.for_device(link.receiver.lm.device)
+    check_arms(protocol, arms)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot write into {out}: {error.strerror}") from error
-    manifest = _manifest(link, items, arms, max_new_tokens)
+    manifest = _manifest(link, protocol, items, arms, settings)
     _claim(out / "manifest.json", manifest)
+    _write(out / "sample.json", _sample(protocol, items))
     log = out / "items.partial.jsonl"
-    records = _read_log(log) if log.exists() else read_records(out)
-    _write(log, "".join(_line(record) for record in records).encode())
-    done = {(record.id, record.arm) for record in records}
-    others = _other_contexts(items)
+    if not log.exists():
+        _write(log, "".join(map(_line, read_records(out))).encode())
+    done = _repair(log)
+    asked = [arm for arm in arms if arm.kind != "routing"]
     with log.open("a", encoding="utf-8") as file, _bar() as bar:
-        task = bar.add_task("items x arms", total=len(items) * len(arms), completed=len(done))
-        for start in range(0, len(items), batch):
-            group = items[start : start + batch]
-            wanted = [arm for arm in arms if any((item.id, arm.name) not in done for item in group)]
-            for made in _run_batch(link, group, others[start : start + batch], wanted, max_new_tokens):
-                fresh = [record for record in made if (record.id, record.arm) not in done]
+        task = bar.add_task("items x arms", total=len(items) * len(asked), completed=len(done))
+        for batch in _batches(link, protocol, items, settings):
+            wanted = [arm for arm in asked if any((item.id, arm.name) not in done for item in batch.items)]
+            for arm in wanted:
+                fresh = [record for record in batch.run(arm) if (record.id, arm.name) not in done]
                 file.writelines(map(_line, fresh))
                 file.flush()
-                records += fresh
                 bar.advance(task, len(fresh))
-    _write(out / "items.jsonl.gz", gzip.compress("".join(map(_line, records)).encode(), mtime=0))
-    summary = summarize(records, arms)
-    _write_summary(out, summary)
+    with saving(out / "items.jsonl.gz") as target, gzip.GzipFile(fileobj=target, mode="wb", mtime=0) as packed:
+        with log.open("rb") as whole:
+            packed.writelines(whole)
+        if any(arm.kind == "routing" for arm in arms):
+            packed.writelines(_line(record).encode() for record in route(_read_log(log)))
     log.unlink()
-    return summary
-
-
-COLUMNS = ("arm", "F1", "EM", "contains", "NLL", "bytes", "bits/value", "F1 bought", "F1 - text")
-
-
-def cells(row: dict[str, Any]) -> list[str]:
-    """An arm of a summary as text, under :data:`COLUMNS`."""
-    differences = [row.get("f1_bought"), row.get("f1_minus_text")]
-    return [
-        row["arm"],
-        "{:.1f} [{:.1f}, {:.1f}]".format(*row["f1"]),
-        f"{row['em'][0]:.1f}",
-        f"{row['contains'][0]:.1f}",
-        f"{row['nll']:.3f}",
-        f"{row['bytes']:,}",
-        f"{row['bits_per_value']:.2f}",
-        *("{:+.1f} [{:+.1f}, {:+.1f}]".format(*x) if x else "" for x in differences),
-    ]
+    return recompute(out)
 
 
 def recompute(out: Path) -> dict[str, Any]:
@@ -154,169 +107,107 @@ def recompute(out: Path) -> dict[str, Any]:
     Raises:
         InputError: there is no finished run in the folder.
     """
-    try:
-        manifest = json.loads((out / "manifest.json").read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{out}: no run to recompute ({error})") from error
-    arms = [Arm(**{**arm, "plan": arm["plan"] and Plan(**arm["plan"])}) for arm in manifest["arms"]]
-    records = read_records(out)
-    if len(records) != len(arms) * manifest["items"]["count"]:
-        raise InputError(f"{out}: the run is not finished: give the command of its manifest.json again")
-    summary = summarize(records, arms)
-    _write_summary(out, summary)
+    manifest = read_manifest(out)
+    arms = [Arm(**{**arm, "plan": plan_from(arm["plan"])}) for arm in manifest["arms"]]
+    summary = summarize(read_records(out), arms, manifest["metrics"], manifest["items"]["count"])
+    summary = {"task": manifest["task"], **summary}
+    write_summary(out, summary)
     return summary
 
 
-def read_records(out: Path) -> list[Record]:
-    """Every record of a finished run; none if there is none."""
-    file = out / "items.jsonl.gz"
-    if not file.exists():
-        return []
-    return [Record(**json.loads(line)) for line in gzip.decompress(file.read_bytes()).decode().split("\n") if line]
+def rescore(
+    out: Path, protocol: Protocol, items: Sequence[Item], names: Sequence[str], embedder: str
+) -> dict[str, Any]:
+    """Add metrics of the answers' words to a finished run, from its answers and the items, without a model.
 
-
-def summarize(records: Sequence[Record], arms: Sequence[Arm]) -> dict[str, Any]:
-    """Figures per arm: means with 95% bootstrap intervals, and paired differences in F1.
-
-    ``f1_bought`` is the figure minus that of the best destroyed cache, wrong or zeroed: what the sharer bought.
+    Raises:
+        InputError: other items than the run's.
     """
-    by_arm: dict[str, dict[str, Record]] = {arm.name: {} for arm in arms}
-    for record in records:
-        by_arm[record.arm][record.id] = record
-    text = next((arm.name for arm in arms if arm.kind == "text"), None)
-    destroyed = [arm.name for arm in arms if arm.kind in ("wrong", "zeroed")]
-    best = max(destroyed, key=lambda name: sum(record.f1 for record in by_arm[name].values()), default=None)
-    references = {"f1_bought": best, "f1_minus_text": text}
-    return {"control": best, "arms": [{"kind": arm.kind, **_row(arm.name, by_arm, references)} for arm in arms]}
+    from kvtalk.evaluation.metrics import METRICS
+
+    manifest = read_manifest(out)
+    if digest(items) != manifest["items"]["xxh3"]:
+        raise InputError(f"{out} was run on other items: give the same --task, --data and --limit")
+    by_id = {item.id: item for item in items}
+    records = list(read_records(out))
+    passages = [item for record in records if isinstance(item := by_id[record.id], Passage)]
+    for name in names:
+        for record, score in zip(
+            records, METRICS[name].score([x.answer for x in records], passages, embedder), strict=True
+        ):
+            record.scores[name] = round(score, 4)
+    manifest["metrics"] = list(dict.fromkeys([*manifest["metrics"], *names]))
+    manifest["embedder"] = embedder
+    with saving(out / "items.jsonl.gz") as target, gzip.GzipFile(fileobj=target, mode="wb", mtime=0) as packed:
+        packed.writelines(_line(record).encode() for record in records)
+    _write(out / "manifest.json", _json(manifest))
+    return recompute(out)
 
 
-def _row(name: str, by_arm: dict[str, dict[str, Record]], references: dict[str, str | None]) -> dict[str, Any]:
-    group = by_arm[name]
-    scores = list(group.values())
-    row: dict[str, Any] = {"arm": name, "items": len(scores)}
-    for metric in ("f1", "em", "contains"):
-        row[metric] = _rounded(bootstrap([100 * getattr(score, metric) for score in scores]))
-    row["nll"] = round(sum(score.nll for score in scores) / len(scores), 4)
-    row["bytes"] = round(sum(score.bytes for score in scores) / len(scores))
-    row["bits_per_value"] = round(sum(score.bits_per_value for score in scores) / len(scores), 3)
-    for kind, reference in references.items():
-        if reference is not None and reference != name:
-            other = by_arm[reference]
-            row[kind] = _rounded(bootstrap([100 * (group[i].f1 - other[i].f1) for i in group]))
-    return row
+def read_manifest(out: Path) -> dict[str, Any]:
+    """The manifest of a run.
+
+    Raises:
+        InputError: there is none.
+    """
+    try:
+        manifest = json.loads((out / "manifest.json").read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{out}: no run in this folder ({error})") from error
+    return dict(manifest)
 
 
-def _rounded(interval: Interval) -> list[float]:
-    return [round(interval.mean, 2), round(interval.low, 2), round(interval.high, 2)]
+def _batches(link: Link, protocol: Protocol, items: Sequence[Item], settings: Settings) -> Iterator[Batch]:
+    """Items of similar length together, those of one context next to each other."""
+    ordered = sorted(items, key=_length)
+    contexts = list(dict.fromkeys(item.context for item in ordered if isinstance(item, Passage)))
+    following = dict(zip(contexts, contexts[1:] + contexts[:1], strict=True))
+    for start in range(0, len(ordered), settings.batch):
+        yield Batch(link, protocol, ordered[start : start + settings.batch], following, settings)
 
 
-def _run_batch(
-    link: Link, group: Sequence[Item], others: Sequence[str], arms: Sequence[Arm], max_new_tokens: int
-) -> Iterator[list[Record]]:
-    if not arms:
-        return
-    own = _Read(link, [item.context for item in group])
-    wrong = _Read(link, list(others)) if any(arm.kind == "wrong" for arm in arms) else own
+def _length(item: Item) -> tuple[int, str, int]:
+    if isinstance(item, Passage):
+        return len(item.context), item.context, len(item.question)
+    return len(item.question), "", sum(map(len, getattr(item, "choices", ())))
+
+
+def check_arms(protocol: Protocol, arms: Sequence[Arm]) -> None:
+    task = protocol.task
+    if len({arm.name for arm in arms}) != len(arms):
+        raise InputError("an arm is listed twice")
     for arm in arms:
-        yield _run_arm(link, group, arm, wrong if arm.kind == "wrong" else own, max_new_tokens)
+        if not task.has_context and arm.kind not in ("receiver", "sharer", "relay", "routing"):
+            raise InputError(
+                f"{task.name} has no context that the sharer could read for the receiver, so there is no arm "
+                f"{arm.kind!r}; use receiver, sharer, relay, routing"
+            )
 
 
-class _Read:
-    """A batch of contexts that the sharer has read once, for all arms."""
-
-    def __init__(self, link: Link, contexts: Sequence[str]) -> None:
-        self.contexts = contexts
-        sharer = link.sharer
-        head = sharer.lm.head_ids()
-        cache = sharer.lm.prefill([head + sharer.lm.encode(context) for context in contexts])
-        self.caches: list[KVCache] = [row.since(sharer.start).attendable(sharer.lm.spec) for row in cache.rows()]
-
-
-def _run_arm(link: Link, group: Sequence[Item], arm: Arm, read: _Read, max_new_tokens: int) -> list[Record]:
+def _manifest(
+    link: Link, protocol: Protocol, items: Sequence[Item], arms: Sequence[Arm], settings: Settings
+) -> dict[str, Any]:
     lm = link.receiver.lm
-    sizes, bits, plans = [0] * len(group), [0.0] * len(group), [""] * len(group)
-    prompts = [link.receiver.prompt(item.question) for item in group]
-    contexts: list[list[Prefix]] = [[] for _ in group]
-    if arm.kind == "text":
-        encoded = [lm.encode(context) for context in read.contexts]
-        sizes = [len(context.encode()) for context in read.contexts]
-        prompts = [ids + prompt for ids, prompt in zip(encoded, prompts, strict=True)]
-    elif arm.kind != "none":
-        for index, cache in enumerate(read.caches):
-            plan = link.sharer.plan(cache, arm.budget and Budget.parse(arm.budget), arm.plan)
-            blob = link.sharer.encode(cache, plan)
-            prefix = link.receiver.prefix(blob)
-            contexts[index] = [_zeroed(prefix) if arm.kind == "zeroed" else prefix]
-            sizes[index], plans[index] = len(blob), str(plan)
-            bits[index] = bits_per_value(len(blob), cache.length[0] - link.sharer.start, link.sharer.lm)
-    room = max(map(len, prompts)) + max_new_tokens + 64
-    placed = lm.place(contexts, room=room, gaps=arm.gaps)
-    nlls = _answer_nll(link, group, prompts, placed)
-    made = lm.generate(prompts, placed, max_new_tokens=max_new_tokens)
-    return [
-        Record(
-            id=item.id,
-            arm=arm.name,
-            answer=generation.text,
-            em=exact_match(generation.text, item.answers),
-            f1=round(f1(generation.text, item.answers), 4),
-            contains=contains_answer(generation.text, item.answers),
-            nll=round(nlls[index], 4),
-            bytes=sizes[index],
-            bits_per_value=round(bits[index], 4),
-            plan=plans[index],
-        )
-        for index, (item, generation) in enumerate(zip(group, made, strict=True))
-    ]
-
-
-def _answer_nll(link: Link, group: Sequence[Item], prompts: Sequence[list[int]], placed: PlacedCache) -> list[float]:
-    """Nats a token of the first accepted answer after each prompt; leaves the placed cache as it was."""
-    lm = link.receiver.lm
-    answers = [lm.encode(" " + item.answers[0]) for item in group]
-    rows = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
-    before = placed.mark()
-    logits = lm.logits(rows, placed, keep=max(map(len, answers)) + 1)
-    nlls = []
-    for row, answer in zip(logits, answers, strict=True):
-        scores = torch.log_softmax(row[-len(answer) - 1 : -1].float(), dim=-1)
-        nlls.append(-float(scores[range(len(answer)), answer].mean()))
-    placed.rewind(before)
-    return nlls
-
-
-def _zeroed(prefix: Prefix) -> Prefix:
-    def layers() -> Iterator[LayerCache]:
-        for layer in prefix.layers:
-            kv_heads, head_dim = layer.shape
-            nothing = torch.zeros(1, kv_heads, layer.positions.shape[1], head_dim)
-            yield LayerCache(nothing, nothing, layer.positions)
-
-    return replace(prefix, layers=layers())
-
-
-def _other_contexts(items: Sequence[Item]) -> list[str]:
-    """For each item the next context in the file that is not its own."""
-    contexts = list(dict.fromkeys(item.context for item in items))
-    if len(contexts) < 2:
-        raise InputError("the wrong-cache control needs at least two different contexts")
-    place = {context: index for index, context in enumerate(contexts)}
-    return [contexts[(place[item.context] + 1) % len(contexts)] for item in items]
-
-
-def _manifest(link: Link, items: Sequence[Item], arms: Sequence[Arm], max_new_tokens: int) -> dict[str, Any]:
-    device = link.receiver.lm.device
     return {
-        "command": " ".join(["kvtalk", *sys.argv[1:]]),
+        "command": " ".join(["kvtalk", *(f"'{word}'" if " " in word else word for word in sys.argv[1:])]),
+        "task": {
+            "name": protocol.task.name,
+            "title": protocol.task.title,
+            "licence": protocol.task.licence,
+            "protocol": protocol.name,
+        },
         "sharer": {"name": link.sharer.lm.name, **asdict(link.sharer.lm.spec.fingerprint)},
-        "receiver": {"name": link.receiver.lm.name, **asdict(link.receiver.lm.spec.fingerprint)},
-        "prompt": asdict(link.receiver.lm.prompt),
+        "receiver": {"name": lm.name, **asdict(lm.spec.fingerprint)},
+        "prompt": asdict(lm.prompt),
         "items": {"count": len(items), "xxh3": digest(items)},
+        "metrics": list(protocol.metrics),
         "arms": [asdict(arm) for arm in arms],
-        "max_new_tokens": max_new_tokens,
+        "max_new_tokens": protocol.task.max_new_tokens,
+        "relay_tokens": settings.relay_tokens,
         "decoding": "greedy",
-        "dtype": str(link.receiver.lm.spec.dtype),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "batch": settings.batch,
+        "dtype": str(lm.spec.dtype),
+        "device": torch.cuda.get_device_name(lm.device) if lm.device.type == "cuda" else platform.processor() or "cpu",
         "versions": {
             "kvtalk": kvtalk.__version__,
             "torch": torch.__version__,
@@ -326,43 +217,60 @@ def _manifest(link: Link, items: Sequence[Item], arms: Sequence[Arm], max_new_to
     }
 
 
+_FIXED = ("task", "sharer", "receiver", "prompt", "items", "arms", "max_new_tokens", "relay_tokens", "dtype")
+
+
 def _claim(file: Path, manifest: dict[str, Any]) -> None:
     """Write the manifest, or make sure that the one that is there is of the same run."""
     if file.exists():
-        before = json.loads(file.read_text("utf-8"))
-        fixed = ("sharer", "receiver", "prompt", "items", "arms", "max_new_tokens", "dtype")
-        different = [key for key in fixed if before.get(key) != json.loads(json.dumps(manifest[key]))]
+        before = read_manifest(file.parent)
+        different = [key for key in _FIXED if before.get(key) != json.loads(json.dumps(manifest[key]))]
         if different:
             raise InputError(
                 f"{file.parent} holds another run ({', '.join(different)} differ): give another --out, or remove it"
             )
         return
-    _write(file, (json.dumps(manifest, indent=1) + "\n").encode())
+    _write(file, _json(manifest))
 
 
-def _read_log(log: Path) -> list[Record]:
-    """Records of an interrupted run; a line that was cut off is dropped."""
-    records = []
-    for line in log.read_text("utf-8").split("\n"):
-        try:
-            records.append(Record(**json.loads(line)))
-        except (ValueError, TypeError):
-            break
-    return records
+def _sample(protocol: Protocol, items: Sequence[Item]) -> bytes:
+    """A few items for a report; only their ids where the licence wants it so."""
+    step = max(1, len(items) // SHOWN_ITEMS)
+    shown = [item.model_dump() for item in items[::step][:SHOWN_ITEMS]]
+    names = ("id", "context", "question", "answers", "choices", "answer") if protocol.task.open else ("id",)
+    return _json([{name: item[name] for name in names if name in item} for item in shown])
 
 
-def _write_summary(out: Path, summary: dict[str, Any]) -> None:
-    rows = ",\n".join(json.dumps(row) for row in summary["arms"])
-    (out / "summary.json").write_text(
-        f'{{"control": {json.dumps(summary["control"])}, "arms": [\n{rows}\n]}}\n', "utf-8"
-    )
-    lines = ["| " + " | ".join(COLUMNS) + " |", "| --- " * len(COLUMNS) + "|"]
-    lines += ["| " + " | ".join(cells(row)) + " |" for row in summary["arms"]]
-    _write(out / "table.md", ("\n".join(lines) + "\n").encode())
+def _repair(log: Path) -> set[tuple[str, str]]:
+    """What an interrupted run has done; a line that was cut off is taken out of its log."""
+    done, good = set(), 0
+    with log.open("rb") as file:
+        for line in file:
+            try:
+                record = Record(**json.loads(line))
+            except (ValueError, TypeError):
+                break
+            if not line.endswith(b"\n"):
+                break
+            done.add((record.id, record.arm))
+            good += len(line)
+    with log.open("rb+") as file:
+        file.truncate(good)
+    return done
+
+
+def _read_log(log: Path) -> Iterable[Record]:
+    with log.open("rb") as file:
+        for line in file:
+            yield Record(**json.loads(line))
 
 
 def _line(record: Record) -> str:
     return json.dumps(asdict(record)) + "\n"  # ASCII, so that no character of an answer ends a line
+
+
+def _json(content: Any) -> bytes:
+    return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def _write(file: Path, content: bytes) -> None:
@@ -370,11 +278,19 @@ def _write(file: Path, content: bytes) -> None:
         target.write(content)
 
 
+class _Rate(ProgressColumn):
+    """Answers a second."""
+
+    def render(self, task: BarTask) -> Text:
+        return Text(f"{task.speed:.1f}/s" if task.speed else "")
+
+
 def _bar() -> Progress:
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
+        _Rate(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         transient=True,

@@ -1,0 +1,231 @@
+"""What a model is given in each arm, for a batch of items.
+
+The harness stands on the wire: it takes the sharer's packets, hands the receiver those of another item (wrong) or
+packets whose keys and values it has set to zero (zeroed), and so finds out what reaches the receiver by another way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+
+from kvtalk.cache import LayerCache, Prefix
+from kvtalk.errors import InputError
+from kvtalk.evaluation.arms import Arm
+from kvtalk.evaluation.data import Item, Passage
+from kvtalk.evaluation.protocols import Outcome, Protocol
+from kvtalk.evaluation.summary import Record
+from kvtalk.link import Link, Receiver, Sharer, bits_per_value
+from kvtalk.placement import PlacedCache
+from kvtalk.planning import Plan
+
+RELAY_TOKENS = 256
+"""As long as C2C's relayed texts (arXiv 2510.03215)."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a run is carried out.
+
+    Attributes:
+        batch: items at a time.
+        relay_tokens: length of a relayed text at most.
+    """
+
+    batch: int = 16
+    relay_tokens: int = RELAY_TOKENS
+
+    @classmethod
+    def for_device(cls, device: torch.device) -> Settings:
+        """Larger batches on a GPU."""
+        return cls(batch=256 if device.type == "cuda" else 16)
+
+
+class Batch:
+    """Items that are asked together.
+
+    Attributes:
+        items: what is asked.
+    """
+
+    def __init__(
+        self,
+        link: Link,
+        protocol: Protocol,
+        items: Sequence[Item],
+        following: Mapping[str, str],
+        settings: Settings,
+    ) -> None:
+        """Prepare.
+
+        Args:
+            link: sharer and receiver.
+            protocol: how questions are asked.
+            items: of the batch.
+            following: for each context another one, for the wrong-cache control.
+            settings: length of a relayed text.
+        """
+        self.link, self.protocol, self.items = link, protocol, items
+        self.following, self.settings = following, settings
+        self._reads: dict[int, _Read] = {}
+        self._last: tuple[tuple[int, str], _Sent] | None = None
+
+    def run(self, arm: Arm) -> list[Record]:
+        """Every item in one arm."""
+        receiver, writer = self.link.receiver, Receiver(self.link.sharer.lm)
+        if arm.kind == "receiver":
+            return self._ask(arm, receiver, [None] * len(self.items), [0] * len(self.items))
+        if arm.kind == "sharer":
+            return self._ask(arm, writer, self._contexts, [0] * len(self.items))
+        if arm.kind == "text":
+            return self._ask(arm, receiver, self._contexts, [len((text or "").encode()) for text in self._contexts])
+        if arm.kind == "relay":
+            texts = self._relayed
+            return self._ask(arm, receiver, texts, [len(text.encode()) for text in texts], texts)
+        return self._ask_from_cache(arm)
+
+    def _ask(
+        self,
+        arm: Arm,
+        side: Receiver,
+        backgrounds: Sequence[str | None],
+        sizes: Sequence[int],
+        sent: Sequence[str] = (),
+    ) -> list[Record]:
+        prompts = [self.protocol.prompt(side, item, text) for item, text in zip(self.items, backgrounds, strict=True)]
+        outcomes = self.protocol.answer(side.lm, self.items, prompts, self._blank(side, prompts))
+        return [
+            _record(item, arm, outcome, size, sent=text)
+            for item, outcome, size, text in zip(self.items, outcomes, sizes, sent or [""] * len(sizes), strict=True)
+        ]
+
+    def _ask_from_cache(self, arm: Arm) -> list[Record]:
+        receiver = self.link.receiver
+        prompts = [self.protocol.prompt(receiver, item, None) for item in self.items]
+        contexts = [text or "" for text in self._contexts]
+        if arm.kind == "wrong":
+            contexts = [self.following[context] for context in contexts]
+            if contexts[0] == self._contexts[0]:
+                raise InputError("the wrong-cache control needs at least two different contexts")
+        sent = self._packets(arm)
+        rows = [sent.read.index[context] for context in contexts]
+        room = max(map(len, prompts)) + self.protocol.room
+        placed = sent.place(receiver, room, zeroed=arm.kind == "zeroed").rows(rows)
+        outcomes = self.protocol.answer(receiver.lm, self.items, prompts, placed)
+        return [
+            _record(item, arm, outcome, len(sent.blobs[row]), sent.bits(row), str(sent.plans[row]))
+            for item, outcome, row in zip(self.items, outcomes, rows, strict=True)
+        ]
+
+    def _packets(self, arm: Arm) -> _Sent:
+        """The packets of every context as an arm sends them; the last ones are kept for the arms that send the same."""
+        sharer = self.link.receiver.lm if arm.kind == "self" else self.link.sharer.lm
+        key = (id(sharer), arm.way)
+        if self._last is None or self._last[0] != key:
+            self._last = None
+            read = self._read(self.link.sharer if sharer is self.link.sharer.lm else Sharer(sharer))
+            self._last = key, read.send(arm)
+        return self._last[1]
+
+    def _read(self, sharer: Sharer) -> _Read:
+        """What a sharer makes of every context of the batch, and of those that stand in for them."""
+        key = id(sharer.lm)
+        if key not in self._reads:
+            own = [text for text in self._contexts if text is not None]
+            self._reads[key] = _Read(sharer, list(dict.fromkeys([*own, *(self.following[text] for text in own)])))
+        return self._reads[key]
+
+    def _blank(self, side: Receiver, prompts: Sequence[list[int]]) -> PlacedCache:
+        room = max(map(len, prompts)) + self.protocol.room
+        return side.lm.place([[]], room=room, head=self.protocol.head).rows([0] * len(prompts))
+
+    @property
+    def _contexts(self) -> list[str | None]:
+        return [item.context if isinstance(item, Passage) else None for item in self.items]
+
+    @cached_property
+    def _relayed(self) -> list[str]:
+        """What the sharer writes for each item."""
+        writer = Receiver(self.link.sharer.lm)
+        prompts = [self.protocol.relay_prompt(writer, item) for item in self.items]
+        made = writer.lm.generate(
+            prompts,
+            self._blank(writer, prompts),
+            max_new_tokens=self.settings.relay_tokens,
+            stop=self.protocol.relay_stop(writer.lm),
+        )
+        return [generation.text for generation in made]
+
+
+class _Read:
+    """Contexts that a sharer has read once, for all arms."""
+
+    def __init__(self, sharer: Sharer, contexts: Sequence[str]) -> None:
+        self.sharer = sharer
+        self.index = {context: row for row, context in enumerate(contexts)}
+        self.cache = sharer.read(*contexts)
+        self.rows = list(self.cache.rows())
+
+    def send(self, arm: Arm) -> _Sent:
+        """A packet of each."""
+        if arm.budget is None:
+            plans = [arm.plan or Plan()] * len(self.rows)
+        else:
+            plans = [self.sharer.plan(row, arm.budget, arm.plan) for row in self.rows]
+        return _Sent(self, self.sharer.encode_rows(self.cache, plans), plans, arm.gaps)
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """Packets on the wire.
+
+    Attributes:
+        read: whence they come.
+        blobs: one for each context.
+        plans: of each.
+        gaps: see :func:`kvtalk.placement.place`.
+    """
+
+    read: _Read
+    blobs: Sequence[memoryview]
+    plans: Sequence[Plan]
+    gaps: bool
+
+    def bits(self, row: int) -> float:
+        """Bits per value of one of them."""
+        sharer = self.read.sharer
+        return bits_per_value(len(self.blobs[row]), self.read.cache.length[row] - sharer.start, sharer.lm)
+
+    def place(self, receiver: Receiver, room: int, zeroed: bool) -> PlacedCache:
+        """All of them before the receiver's prompts."""
+        prefixes = [receiver.prefix(blob) for blob in self.blobs]
+        if zeroed:
+            prefixes = [replace(prefix, layers=_zeros(prefix)) for prefix in prefixes]
+        return receiver.lm.place([[prefix] for prefix in prefixes], room=room, gaps=self.gaps)
+
+
+def _zeros(prefix: Prefix) -> Iterator[LayerCache]:
+    for layer in prefix.layers:
+        kv_heads, head_dim = layer.shape
+        nothing = torch.zeros(1, kv_heads, layer.positions.shape[1], head_dim)
+        yield LayerCache(nothing, nothing, layer.positions)
+
+
+def _record(
+    item: Item, arm: Arm, outcome: Outcome, size: int = 0, bits: float = 0.0, plan: str = "", sent: str = ""
+) -> Record:
+    return Record(
+        id=item.id,
+        arm=arm.name,
+        answer=outcome.answer,
+        scores=outcome.scores,
+        confidence=outcome.confidence,
+        bytes=size,
+        bits_per_value=round(bits, 4),
+        plan=plan,
+        sent=sent,
+        likelihoods=outcome.likelihoods,
+    )

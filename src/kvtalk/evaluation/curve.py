@@ -1,0 +1,76 @@
+"""Score against bytes: which plans to try, and which of them nobody beats."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import product
+from typing import Any
+
+from kvtalk.codecs import codec
+from kvtalk.planning import Plan
+
+CODECS = (
+    "bf16",
+    "int8:channel/int8:token before",
+    "int4:channel/int4:token before",
+    "int4:channel/int2:token before",
+    "int2:32x1/int2:token before",
+)
+KEEPS = ("100%", "50%", "25%", "10%")
+POLICY = "value_norm"
+
+DEFAULT_PLANS = (
+    *(f"{codecs} {POLICY}@{keep}" for codecs, keep in product(CODECS, KEEPS)),
+    "int4:token/int4:token",
+    "nf4:channel/nf4:token before",
+    *(f"int8:channel/int8:token before {policy}@50%" for policy in ("front", "back", "random", "key_norm")),
+    "int4:channel/int4:token before layers=last:50%",
+    "int4:channel/int4:token before layers=every:2",
+)
+"""What a curve tries unless it is told otherwise: five pairs of codecs by four shares of tokens, and then per-token
+scales, NF4, other token policies at half of the tokens, and half of the layers."""
+
+
+def grid(codecs: Sequence[str], policies: Sequence[str], keeps: Sequence[str], layers: Sequence[str]) -> list[str]:
+    """Every combination as a plan, each once; what is not given stays as in a plan by default.
+
+    Raises:
+        KVTalkError: a part that is not one.
+    """
+    parts = product(codecs or CODECS, policies or (POLICY,), keeps or ("100%",), layers or ("all",))
+    plans = (Plan.parse(f"{names} {policy}@{keep} layers={which}") for names, policy, keep, which in parts)
+    return list(dict.fromkeys(map(str, plans)))
+
+
+def normalized(plans: Sequence[str]) -> list[str]:
+    """Plans as they are named in results, each once; ``budget=SIZE`` and what ends in ``contiguous`` stay."""
+    return list(
+        dict.fromkeys(
+            plan if plan.startswith("budget=") or plan.endswith(" contiguous") else str(Plan.parse(plan))
+            for plan in plans
+        )
+    )
+
+
+def controlled(ways: Sequence[str]) -> list[str]:
+    """The ways whose controls are run too: the largest, the middle one and the smallest."""
+    ordered = sorted(ways, key=_nominal_bits)
+    return list(dict.fromkeys((ordered[-1], ordered[len(ordered) // 2], ordered[0])))
+
+
+def pareto(rows: Sequence[Mapping[str, Any]], metric: str) -> list[Mapping[str, Any]]:
+    """The cache arms that no other arm of as few bytes matches, by ascending bytes."""
+    front: list[Mapping[str, Any]] = []
+    for row in sorted((row for row in rows if row["kind"] == "cache"), key=lambda row: (row["bytes"], -row[metric][0])):
+        if not front or row[metric][0] > front[-1][metric][0]:
+            front.append(row)
+    return front
+
+
+def _nominal_bits(way: str) -> float:
+    """Bits per value, scales and header left out; a budget counts as 16."""
+    if way.startswith("budget="):
+        return 16.0
+    plan = Plan.parse(way.removesuffix(" contiguous"))
+    share = plan.keep if isinstance(plan.keep, float) else 0.5
+    return share * (codec(plan.keys).bits + codec(plan.values).bits) / 2

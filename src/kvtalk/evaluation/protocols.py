@@ -1,0 +1,325 @@
+"""How an answer is drawn from a model: in words, as a letter, or by the likelihood of each option."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from kvtalk.errors import InputError
+from kvtalk.evaluation.data import Choice, Item, Passage
+from kvtalk.evaluation.letters import read_as_published, read_strictly
+from kvtalk.evaluation.metrics import METRICS
+from kvtalk.evaluation.tasks.base import BACKGROUND_PROMPT, LETTER_PROMPT, Task, options
+from kvtalk.link import Receiver
+from kvtalk.loading import bos
+from kvtalk.models import LM
+from kvtalk.placement import PlacedCache
+from kvtalk.prompts import render
+
+LETTER_TOKENS = 64
+"""As C2C."""
+
+_BACKGROUND_STOP = ("\n\n",)
+"""A model without a chat template knows no other end of an answer."""
+
+RELAY_QUESTION = "What does the text say that helps to answer this question: {question}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one item.
+
+    Attributes:
+        answer: what the model wrote, or the letter of the option it finds most likely.
+        scores: each 0 to 1, but ``nll`` in nats a token.
+        confidence: how probable the model found its answer, 0 to 1.
+        likelihoods: log-likelihood (nats) of each option, where those were compared.
+    """
+
+    answer: str
+    scores: dict[str, float]
+    confidence: float
+    likelihoods: tuple[float, ...] = field(default=())
+
+
+class Protocol(ABC):
+    """One way to ask.
+
+    Attributes:
+        head: whether the model's own head (its BOS and what it says before any context) stands before the prompt.
+    """
+
+    name: ClassVar[str]
+    head: ClassVar[bool]
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+
+    @property
+    @abstractmethod
+    def metrics(self) -> tuple[str, ...]:
+        """Names of the scores, the leading one first."""
+
+    @property
+    @abstractmethod
+    def answer_tokens(self) -> int:
+        """How many tokens the model may write."""
+
+    @property
+    def room(self) -> int:
+        """Columns to reserve for an answer, its own or an accepted one."""
+        return self.answer_tokens + 64
+
+    @abstractmethod
+    def prompt(self, side: Receiver, item: Item, background: str | None) -> list[int]:
+        """Tokens of the question, after a text that helps if there is one."""
+
+    @abstractmethod
+    def relay_prompt(self, side: Receiver, item: Item) -> list[int]:
+        """Tokens that ask a sharer to write down what helps."""
+
+    @abstractmethod
+    def relay_stop(self, lm: LM) -> Sequence[str]:
+        """What ends the text that a sharer writes."""
+
+    @abstractmethod
+    def answer(self, lm: LM, items: Sequence[Item], prompts: Sequence[list[int]], placed: PlacedCache) -> list[Outcome]:
+        """Ask; uses the placed cache up."""
+
+
+class Free(Protocol):
+    """The model answers in a few words; also the likelihood of the first accepted answer."""
+
+    name = "free"
+    head = True
+
+    def __init__(self, task: Task, metrics: Sequence[str] | None = None, embedder: str = "") -> None:
+        super().__init__(task)
+        self._metrics = tuple(metrics or task.metrics)
+        self.embedder = embedder
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return self._metrics
+
+    @property
+    def answer_tokens(self) -> int:
+        return self.task.max_new_tokens
+
+    def prompt(self, side: Receiver, item: Item, background: str | None) -> list[int]:
+        return (side.lm.encode(background) if background else []) + side.prompt(item.question)
+
+    def relay_prompt(self, side: Receiver, item: Item) -> list[int]:
+        assert isinstance(item, Passage)
+        return side.lm.encode(item.context) + side.prompt(RELAY_QUESTION.format(question=item.question))
+
+    def relay_stop(self, lm: LM) -> Sequence[str]:
+        return lm.prompt.stop
+
+    def answer(self, lm: LM, items: Sequence[Item], prompts: Sequence[list[int]], placed: PlacedCache) -> list[Outcome]:
+        passages = [item for item in items if isinstance(item, Passage)]
+        nlls = _answer_nll(lm, passages, prompts, placed)
+        made = lm.generate(prompts, placed, max_new_tokens=self.answer_tokens, logprobs=True)
+        texts = [generation.text for generation in made]
+        named = [name for name in self.metrics if name != "nll"]
+        columns = [METRICS[name].score(texts, passages, self.embedder) for name in named]
+        return [
+            Outcome(
+                texts[row],
+                {
+                    **{name: round(column[row], 4) for name, column in zip(named, columns, strict=True)},
+                    "nll": round(nlls[row], 4),
+                },
+                round(torch.tensor(made[row].logprob or 0.0).exp().item(), 4),
+            )
+            for row in range(len(items))
+        ]
+
+
+class Letter(Protocol):
+    """The model writes the letter of an option.
+
+    ``acc`` reads it strictly, ``parsed`` says where one was found, ``acc_published`` reads it as C2C does.
+    """
+
+    name = "letter"
+    head = False
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return ("acc", "parsed", "acc_published")
+
+    @property
+    def answer_tokens(self) -> int:
+        return LETTER_TOKENS
+
+    def prompt(self, side: Receiver, item: Item, background: str | None) -> list[int]:
+        assert isinstance(item, Choice)
+        turns = [LETTER_PROMPT.format(question=item.question, choices=options(item))]
+        if background is not None:
+            turns = [BACKGROUND_PROMPT.format(question=item.question), background, *turns]
+        return _begun(side.lm, render(side.lm.tokenizer, turns))
+
+    def relay_prompt(self, side: Receiver, item: Item) -> list[int]:
+        return _background_request(side.lm, item)
+
+    def relay_stop(self, lm: LM) -> Sequence[str]:
+        return _BACKGROUND_STOP
+
+    def answer(self, lm: LM, items: Sequence[Item], prompts: Sequence[list[int]], placed: PlacedCache) -> list[Outcome]:
+        made = lm.generate(prompts, placed, max_new_tokens=LETTER_TOKENS, logprobs=True, stop=())
+        outcomes = []
+        for item, generation in zip(items, made, strict=True):
+            assert isinstance(item, Choice)
+            letter, right = read_strictly(generation.text, len(item.choices)), chr(65 + item.answer)
+            scores = {
+                "acc": float(letter == right),
+                "parsed": float(bool(letter)),
+                "acc_published": float(read_as_published(generation.text) == right),
+            }
+            confidence = round(torch.tensor(generation.logprob or 0.0).exp().item(), 4)
+            outcomes.append(Outcome(generation.text, scores, confidence if letter else 0.0))
+        return outcomes
+
+
+class Likelihood(Protocol):
+    """The option that the model finds most likely after the question.
+
+    ``acc_norm`` divides an option's log-likelihood by its characters, ``acc`` does not, both as lm-evaluation-harness.
+    """
+
+    name = "likelihood"
+    head = False
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        return ("acc_norm", "acc")
+
+    @property
+    def answer_tokens(self) -> int:
+        return 1
+
+    def prompt(self, side: Receiver, item: Item, background: str | None) -> list[int]:
+        before, after = self.task.question_prompt
+        text = f"{before}{item.question}{after}"
+        return _begun(side.lm, text if background is None else f"{background}\n\n{text}")
+
+    def relay_prompt(self, side: Receiver, item: Item) -> list[int]:
+        return _background_request(side.lm, item)
+
+    def relay_stop(self, lm: LM) -> Sequence[str]:
+        return _BACKGROUND_STOP
+
+    def answer(self, lm: LM, items: Sequence[Item], prompts: Sequence[list[int]], placed: PlacedCache) -> list[Outcome]:
+        choices = [item for item in items if isinstance(item, Choice)]
+        rows = [(row, self._continuation(lm, choice)) for row, item in enumerate(choices) for choice in item.choices]
+        found = iter(_likelihoods(lm, prompts, placed, rows))
+        outcomes = []
+        for item in choices:
+            sums = torch.tensor([next(found) for _ in item.choices], dtype=torch.float64)
+            normal = sums / torch.tensor([float(len(choice)) for choice in item.choices])
+            best, best_raw = int(normal.argmax()), int(sums.argmax())
+            scores = {"acc_norm": float(best == item.answer), "acc": float(best_raw == item.answer)}
+            confidence = round(float(normal.softmax(0)[best]), 4)
+            likelihoods = tuple(round(value, 5) for value in sums.tolist())
+            outcomes.append(Outcome(chr(65 + best), scores, confidence, likelihoods))
+        return outcomes
+
+    def _continuation(self, lm: LM, choice: str) -> list[int]:
+        return lm.encode(f"{self.task.option_prefix}{choice}")
+
+
+PROTOCOLS: dict[str, type[Protocol]] = {protocol.name: protocol for protocol in (Free, Letter, Likelihood)}
+
+
+def protocol_for(
+    task: Task, name: str | None = None, metrics: Sequence[str] | None = None, embedder: str = ""
+) -> Protocol:
+    """How to ask a task's questions.
+
+    Args:
+        task: the task.
+        name: of the protocol; by default the task's first.
+        metrics: for answers in words; by default the task's own.
+        embedder: the embedding model that metrics of relevance use.
+
+    Raises:
+        InputError: a protocol that the task does not know, or metrics for one that has its own.
+    """
+    name = name or task.protocols[0]
+    if name not in task.protocols:
+        raise InputError(f"{task.name} has no protocol {name!r}; there are {', '.join(task.protocols)}")
+    if name == Free.name:
+        return Free(task, metrics, embedder)
+    made = PROTOCOLS[name](task)
+    if metrics and set(metrics) - set(made.metrics):
+        raise InputError(f"no metric {metrics[0]!r} in the protocol {name}; there are {', '.join(made.metrics)}")
+    return made
+
+
+def _begun(lm: LM, text: str) -> list[int]:
+    return bos(lm.tokenizer) + lm.encode(text)
+
+
+def _background_request(lm: LM, item: Item) -> list[int]:
+    return _begun(lm, render(lm.tokenizer, [BACKGROUND_PROMPT.format(question=item.question)]))
+
+
+def _answer_nll(lm: LM, items: Sequence[Passage], prompts: Sequence[list[int]], placed: PlacedCache) -> list[float]:
+    """Nats a token of the first accepted answer after each prompt; leaves the placed cache as it was."""
+    answers = [lm.encode(" " + item.answers[0]) for item in items]
+    rows = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+    before = placed.mark()
+    logits = lm.logits(rows, placed, keep=max(map(len, answers)) + 1)
+    placed.rewind(before)
+    return [-float(row.mean()) for row in _logprobs(logits[:, :-1], answers)]
+
+
+_LOGITS = 1 << 28
+"""Logits to compute at a time: 1,024 tokens of a vocabulary of 262k."""
+
+
+def _likelihoods(
+    lm: LM, prompts: Sequence[list[int]], placed: PlacedCache, rows: Sequence[tuple[int, list[int]]]
+) -> list[float]:
+    """Log-likelihood of each continuation after its prompt, which is read once for all of them."""
+    last = lm.logits(prompts, placed, keep=1)[:, -1]
+    found = [0.0] * len(rows)
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index][1]))
+    for chunk in _chunks([len(rows[index][1]) for index in order], _LOGITS // last.shape[-1]):
+        which = order[chunk]
+        continuations = [rows[index][1] for index in which]
+        copy = placed.rows([rows[index][0] for index in which])
+        first = last[[rows[index][0] for index in which], None]
+        longest = max(map(len, continuations))
+        logits = torch.cat([first, lm.logits(continuations, copy)[:, :-1]], dim=1) if longest > 1 else first
+        # Padding is on the left, so a continuation's first token is predicted by `first`, wherever it stands.
+        for index, row, one in zip(which, logits, continuations, strict=True):
+            steps = torch.cat([row[:1], row[longest - len(one) + 1 :]])
+            found[index] = float(_logprobs(steps[None], [one])[0].sum())
+    return found
+
+
+def _chunks(lengths: Sequence[int], limit: int) -> list[slice]:
+    """Ranges of ascending lengths whose padded size stays within a limit; a single row may exceed it."""
+    ranges, begin = [], 0
+    for end in range(1, len(lengths) + 1):
+        if end == len(lengths) or (end + 1 - begin) * lengths[end] > limit:
+            ranges.append(slice(begin, end))
+            begin = end
+    return ranges
+
+
+def _logprobs(logits: Tensor, tokens: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Log-probability of each token; ``logits``, ``[rows, steps, vocabulary]``, end where the tokens end."""
+    found = []
+    for row, ids in zip(logits, tokens, strict=True):
+        steps = row[len(row) - len(ids) :].float()
+        chosen = steps[torch.arange(len(ids)), torch.tensor(ids, device=steps.device)]
+        found.append(chosen - steps.logsumexp(dim=-1))
+    return found

@@ -1,0 +1,64 @@
+"""Intervals and paired tests over items."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvtalk.errors import InputError
+
+DRAWS = 4000
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with its 95% bootstrap interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    def rounded(self) -> list[float]:
+        """Mean, low, high to two places."""
+        return [round(self.mean, 2), round(self.low, 2), round(self.high, 2)]
+
+
+def bootstrap(values: Sequence[float], seed: int = 0) -> Interval:
+    """95% percentile bootstrap of a mean over items; for paired differences give the differences."""
+    array = np.asarray(values, dtype=np.float32)
+    means = _counts(len(array), seed) @ array / len(array)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return Interval(float(np.asarray(values, dtype=float).mean()), float(low), float(high))
+
+
+def mcnemar(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """The exact two-sided McNemar test: how likely so uneven a split of the items that only one of two gets right.
+
+    Args:
+        ours: 1 for each item that is right, else 0.
+        theirs: likewise, the same items.
+
+    Raises:
+        InputError: scipy is not installed.
+    """
+    try:
+        from scipy.stats import binomtest
+    except ImportError as error:
+        raise InputError("McNemar's test needs scipy: pip install 'kvtalk[eval]'") from error
+    only_ours = sum(a > b for a, b in zip(ours, theirs, strict=True))
+    only_theirs = sum(a < b for a, b in zip(ours, theirs, strict=True))
+    return float(binomtest(only_ours, only_ours + only_theirs).pvalue) if only_ours + only_theirs else 1.0
+
+
+@lru_cache(maxsize=2)
+def _counts(items: int, seed: int) -> NDArray[np.float32]:
+    """How often each draw takes each item, ``[DRAWS, items]``; the same draws for every arm."""
+    rng = np.random.default_rng(seed)
+    counts = np.empty((DRAWS, items), dtype=np.float32)
+    for row in counts:
+        row[:] = np.bincount(rng.integers(0, items, items), minlength=items)
+    return counts
