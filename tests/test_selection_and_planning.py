@@ -152,10 +152,10 @@ def test_a_base_plan_keeps_its_policies_under_a_budget() -> None:
     "text",
     [
         "bf16",
-        "int4:64x1/int4:1x* before",
+        "int4:channel/int4:token before",
         "fp16 value_norm@50%",
-        "nf4:1x* back@12 layers=0,3-5",
-        "int8:1x*/bf16 layers=every:2",
+        "nf4:1x32 back@12 layers=0,3-5",
+        "int8:token/bf16 layers=every:2",
     ],
 )
 def test_plans_read_what_they_write(text: str) -> None:

@@ -117,8 +117,10 @@ class Sharer:
             budget = Budget.parse(budget)
         limit = budget.bytes_for(cache.length[0] - self.start, self.lm.spec)
 
+        start = self.start
+
         def size(candidate: Plan) -> int:
-            return wire.predict(cache, candidate, self.lm.spec, self.start, parts)
+            return wire.predict(cache, candidate, self.lm.spec, start, parts)
 
         if plan is None:
             return fit(cache, self.lm.spec, limit, size)

@@ -270,13 +270,13 @@ def estimate_distortion(cache: KVCache, sample: KVCache, spec: ModelSpec, plan: 
     """
     lost, all_values = 0.0, 0
     chosen = set(select_layers(plan.layers, len(spec.layers)))
-    for index, (layer, some, shape) in enumerate(zip(cache.layers, sample.layers, spec.layers, strict=True)):
+    noise = _noise_of_layers(sample, plan)
+    for index, (layer, shape) in enumerate(zip(cache.layers, spec.layers, strict=True)):
         values = layer.tokens * shape.kv_heads * shape.head_dim
         if values == 0:
             continue
         share = kept_count(plan.keep, layer.tokens) / layer.tokens if index in chosen else 0.0
-        noise = (_noise(some.keys[0], plan.keys) + _noise(some.values[0], plan.values)) / 2 if share else 0.0
-        lost += (share * noise + 1 - share) * values
+        lost += (share * noise[index] + 1 - share) * values
         all_values += values
     return lost / max(all_values, 1)
 
@@ -294,13 +294,32 @@ def _parse_keep(text: str) -> float | int:
     raise BudgetError(f"keep {text!r}: give a share like 50% or a number of tokens like 128")
 
 
-def _noise(values: torch.Tensor, name: str) -> float:
+def _noise_of_layers(sample: KVCache, plan: Plan) -> list[float]:
+    """Share of each layer's energy that its codecs lose, keys and values averaged; layers of one shape in one go."""
+    found = [0.0] * len(sample.layers)
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for index, layer in enumerate(sample.layers):
+        if layer.tokens:
+            groups.setdefault(tuple(layer.keys.shape), []).append(index)
+    for which in groups.values():
+        for name, tensors in (
+            (plan.keys, [sample.layers[index].keys[0] for index in which]),
+            (plan.values, [sample.layers[index].values[0] for index in which]),
+        ):
+            for index, lost in zip(which, _noise(torch.stack(tensors), name), strict=True):
+                found[index] += lost / 2
+    return found
+
+
+def _noise(layers: torch.Tensor, name: str) -> list[float]:
+    """For each layer of ``[layers, kv_heads, tokens, head_dim]``."""
     packer = codec(name)
+    values = layers.flatten(0, 1)
     restored = torch.empty(values.shape, dtype=torch.float32, device=values.device)
     codes, scales = packer.encode(values)
     packer.decode(codes, scales, restored)
-    energy = values.float().square().sum()
-    return float((restored - values.float()).square().sum() / energy.clamp(min=1e-12))
+    lost = (restored.view(layers.shape) - layers.float()).square().sum(dim=(1, 2, 3))
+    return list((lost / layers.float().square().sum(dim=(1, 2, 3)).clamp(min=1e-12)).tolist())
 
 
 def _most_tokens(plan: Plan, size: Callable[[Plan], int], limit: int, tokens: int) -> float | int | None:

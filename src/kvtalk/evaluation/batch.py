@@ -13,7 +13,6 @@ from functools import cached_property
 import torch
 
 from kvtalk.cache import LayerCache, Prefix
-from kvtalk.errors import InputError
 from kvtalk.evaluation.arms import Arm
 from kvtalk.evaluation.data import Item, Passage
 from kvtalk.evaluation.protocols import Outcome, Protocol
@@ -108,8 +107,6 @@ class Batch:
         contexts = [text or "" for text in self._contexts]
         if arm.kind == "wrong":
             contexts = [self.following[context] for context in contexts]
-            if contexts[0] == self._contexts[0]:
-                raise InputError("the wrong-cache control needs at least two different contexts")
         sent = self._packets(arm)
         rows = [sent.read.index[context] for context in contexts]
         room = max(map(len, prompts)) + self.protocol.room

@@ -190,11 +190,13 @@ def _timings(run: Run) -> dict[str, Any] | None:
     if not measured:
         return None
     phases = [phase for phase in timing.PHASES if any(row[phase] for row in measured.values())]
-    head = ["arm", *(phase.replace("_", " ") for phase in phases), "to first token", "peak memory"]
+    head = ["arm", *(phase.replace("_", " ") for phase in phases)]
+    head += ["receiver's first token", "first token, sharer included", "peak memory"]
     rows = [
         [
             name,
             *(f"{row[phase]:.1f}" if row[phase] else "" for phase in phases),
+            f"{row['receiver_first_token']:.1f}",
             f"{row['to_first_token']:.1f}",
             _size(row["peak_memory_bytes"]),
         ]

@@ -70,7 +70,7 @@ def run(
         InputError: the folder holds another run, or an arm that the task cannot serve.
     """
     settings = settings or Settings.for_device(link.receiver.lm.device)
-    check_arms(protocol, arms)
+    check_arms(protocol, items, arms)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -172,8 +172,16 @@ def _length(item: Item) -> tuple[int, str, int]:
     return len(item.question), "", sum(map(len, getattr(item, "choices", ())))
 
 
-def check_arms(protocol: Protocol, arms: Sequence[Arm]) -> None:
+def check_arms(protocol: Protocol, items: Sequence[Item], arms: Sequence[Arm]) -> None:
+    """Refuse arms that these items cannot serve.
+
+    Raises:
+        InputError: an arm twice, one that needs a context, or a wrong cache where there is only one context.
+    """
     task = protocol.task
+    contexts = {item.context for item in items if isinstance(item, Passage)}
+    if len(contexts) == 1 and any(arm.kind == "wrong" for arm in arms):
+        raise InputError("the wrong-cache control needs at least two different contexts: take more items")
     if len({arm.name for arm in arms}) != len(arms):
         raise InputError("an arm is listed twice")
     for arm in arms:

@@ -102,8 +102,9 @@ def prepare(
     """
     protocol = asked.protocol_used()
     arms = make_arms(kinds or DEFAULT_ARMS[protocol.task.has_context], normalized(ways), controlled)
-    runner.check_arms(protocol, arms)
-    return Run(protocol, asked.items(), arms, batch, relay_tokens, time_items)
+    items = asked.items()
+    runner.check_arms(protocol, items, arms)
+    return Run(protocol, items, arms, batch, relay_tokens, time_items)
 
 
 def evaluate(console: Console, link: Link, run: Run, out: Path | None) -> None:
@@ -111,7 +112,7 @@ def evaluate(console: Console, link: Link, run: Run, out: Path | None) -> None:
     names = list(dict.fromkeys((link.sharer.lm.name, link.receiver.lm.name)))
     folder = "+".join(Path(name).name for name in names)
     default = Path("results") / run.protocol.task.name / folder
-    out = out or (default if run.protocol.name == run.protocol.task.protocols[0] else default / run.protocol.name)
+    out = out or (default if len(run.protocol.task.protocols) == 1 else default / run.protocol.name)
     settings = replace(Settings.for_device(link.receiver.lm.device), relay_tokens=run.relay_tokens)
     if run.batch is not None:
         settings = replace(settings, batch=run.batch)

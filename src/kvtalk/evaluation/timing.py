@@ -25,6 +25,9 @@ from kvtalk.models import LM
 from kvtalk.transport.file import saving
 
 PHASES = ("prefill", "relay", "encode", "decode", "place", "first_token", "rest")
+SUMS = ("receiver_first_token", "to_first_token", "total")
+"""The receiver's own way to its first token; the whole way to it, what the sharer does included; everything."""
+
 FILE = "timings.json"
 
 
@@ -57,7 +60,7 @@ def medians(out: Path) -> dict[str, dict[str, float]]:
         row["arm"]: {
             **{
                 phase: round(1000 * statistics.median(item[phase] for item in row["seconds"]), 2)
-                for phase in (*PHASES, "to_first_token", "total")
+                for phase in (*PHASES, *SUMS)
             },
             "peak_memory_bytes": row["peak_memory_bytes"],
         }
@@ -85,7 +88,8 @@ def _once(link: Link, protocol: Protocol, item: Item, arm: Arm, settings: Settin
         cost, _ = _written(protocol, side, protocol.prompt(side, item, background), protocol.answer_tokens)
         seconds.update(first_token=cost.first_token, rest=cost.rest)
     total = sum(seconds.values())
-    return {**seconds, "to_first_token": total - seconds["rest"], "total": total}
+    receiver = seconds["decode"] + seconds["place"] + seconds["first_token"]
+    return {**seconds, "receiver_first_token": receiver, "to_first_token": total - seconds["rest"], "total": total}
 
 
 def _written(protocol: Protocol, side: Receiver, prompt: list[int], tokens: int) -> tuple[Cost, str]:
