@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from kvtalk import cli
-from kvtalk.evaluation.runner import read_records
+from kvtalk.evaluation.summary import read_records
 
 CONTEXT = "The harbour master of Ostrevik was called Berthe, and she kept eels in the old mill."
 
@@ -68,7 +68,7 @@ def test_help_teaches_the_first_step() -> None:
     run = in_process("--help")
     assert run.returncode == 0
     assert "kvtalk ask --context" in run.stdout
-    for command in ("ask", "share", "answer", "inspect", "eval", "demo", "models"):
+    for command in ("ask", "share", "answer", "inspect", "eval", "curve", "report", "demo", "models"):
         assert in_process(command, "--help").returncode == 0
 
 
@@ -161,9 +161,10 @@ def test_a_full_disk_leaves_no_partial_file(tmp_path: Path, context: Path, tiny_
 def test_an_evaluation_that_is_interrupted_goes_on(tmp_path: Path, tiny_folder: Path) -> None:
     """Ctrl-C in the middle: exit 130, finished items kept, and the second start counts none of them twice."""
     out = tmp_path / "run"
-    arms = ["none", "text", "wrong", "zeroed", "bf16", "int8", "int4:channel/int4:token before", "nf4"]
-    arguments = ["eval", "--out", out, "--sharer", tiny_folder, "--batch", 2, "--max-new-tokens", 2, "--limit", 40]
-    arguments += [option for arm in arms for option in ("--arm", arm)]
+    plans = ["bf16", "int8", "int4:channel/int4:token before", "nf4"]
+    arguments = ["eval", "--sharer", tiny_folder, "--batch", 2, "--limit", 40, "--metrics", "f1,em,nll", "--out", out]
+    arguments += ["--arms", "receiver,text,cache,wrong,zeroed"]
+    arguments += [option for plan in plans for option in ("--plan", plan)]
     command = [sys.executable, "-m", "kvtalk.cli", *map(str, arguments)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     log = out / "items.partial.jsonl"
@@ -175,16 +176,49 @@ def test_an_evaluation_that_is_interrupted_goes_on(tmp_path: Path, tiny_folder: 
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
     kept = log.read_text().count("\n")
-    assert 20 <= kept < 40 * len(arms)
+    assert 20 <= kept < 40 * 14
     with log.open("a") as file:
         file.write('{"id": "cut off in the mid')
     again = kvtalk(*arguments)
     assert again.returncode == 0, again.stderr
     assert not log.exists()
-    records = read_records(out)
-    assert len(records) == len({(record.id, record.arm) for record in records}) == 40 * len(arms)
-    refused(in_process(*arguments[:-2]), "holds another run")
+    records = list(read_records(out))
+    assert len(records) == len({(record.id, record.arm) for record in records}) == 40 * 14
+    refused(in_process(*arguments[:5], "--limit", 39, *arguments[7:]), "holds another run", "items")
     before = (out / "summary.json").read_text()
     (out / "summary.json").unlink()
-    assert in_process("eval", "--out", out, "--recompute").returncode == 0
+    assert in_process("eval", "--recompute", out).returncode == 0
     assert (out / "summary.json").read_text() == before
+    page = tmp_path / "report.html"
+    assert in_process("report", out, "-o", page).returncode == 0
+    assert "another text" in page.read_text()
+
+
+def test_a_curve_prints_its_front(tmp_path: Path, tiny_folder: Path) -> None:
+    out = tmp_path / "run"
+    options = ["--sharer", tiny_folder, "--limit", 4, "--batch", 4, "--out", out, "--metrics", "f1,nll"]
+    run = in_process("curve", *options, "--codecs", "fp16,int4", "--keep", "100%,30%", "--budget", "20%")
+    assert run.returncode == 0, run.stderr
+    rows = json.loads((out / "summary.json").read_text())["arms"]
+    caches = [row["plan"] for row in rows if row["kind"] == "cache"]
+    assert caches == ["fp16", "fp16 value_norm@30%", "int4:token", "int4:token value_norm@30%", "budget=20%"]
+    wrong = [row["plan"] for row in rows if row["kind"] == "wrong"]
+    assert wrong == ["fp16", "fp16 value_norm@30%", "int4:token value_norm@30%"]
+    assert (out / "picture.png").stat().st_size > 10_000
+    refused(in_process("curve", *options, "--controls", "nf4"), "no plan 'nf4:token' in this curve")
+
+
+def test_mistakes_in_an_evaluation_are_found_before_a_model_is_loaded(tmp_path: Path) -> None:
+    start = ["eval", "--sharer", "/no/model", "--out", tmp_path / "run"]
+    refused(in_process(*start, "--task", "sqad"), "no task 'sqad'; there are squad")
+    refused(in_process(*start, "--arms", "text,chache"), "no arm 'chache'; there are receiver")
+    refused(in_process(*start, "--plan", "zip"), "no codec 'zip'; there are")
+    refused(in_process(*start, "--budget", "lots"), "is not a size")
+    refused(in_process(*start, "--metrics", "bleu"), "no metric 'bleu'; there are f1")
+    refused(in_process(*start, "--protocol", "letter"), "no protocol 'letter'; there are free")
+    refused(in_process(*start, "--data", tmp_path / "absent"), "cannot read")
+    refused(in_process(*start, "--limit", 2), "two different contexts")
+    refused(in_process(*start, "--dtype", "int8"), "no dtype 'int8'; there are float32")
+    refused(in_process("eval", "--recompute", tmp_path), "no run in this folder")
+    refused(in_process("report", tmp_path), "no run in this folder")
+    assert not (tmp_path / "run").exists()

@@ -1,9 +1,11 @@
-"""Scores are the official ones, arms are what they say, and every control is in its place."""
+"""Runs keep every answer, lose nothing when killed, and put every control in its place."""
 
 from __future__ import annotations
 
 import gzip
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,115 +13,168 @@ import pytest
 from conftest import tiny_lm
 from kvtalk import Link, Plan
 from kvtalk.errors import InputError, KVTalkError
-from kvtalk.evaluation.arms import DEFAULT, parse_arms
-from kvtalk.evaluation.items import Item, load_items, samples, unrelated_text
-from kvtalk.evaluation.metrics import bootstrap, contains_answer, exact_match, f1
-from kvtalk.evaluation.runner import read_records, recompute, run
+from kvtalk.evaluation import report, timing
+from kvtalk.evaluation.arms import KINDS, Arm, make_arms
+from kvtalk.evaluation.batch import Batch, Settings
+from kvtalk.evaluation.curve import DEFAULT_PLANS, controlled, grid, normalized, pareto
+from kvtalk.evaluation.data import Choice, Item, samples
+from kvtalk.evaluation.picture import floor
+from kvtalk.evaluation.protocols import protocol_for
+from kvtalk.evaluation.runner import recompute, rescore, run
+from kvtalk.evaluation.summary import Record, read_records, route, summarize, table
+from kvtalk.evaluation.tasks import task_named
+
+WAYS = ("fp16", "int4:token/int4:token value_norm@50%")
+FREE = protocol_for(replace(task_named("invented"), max_new_tokens=6), metrics=("f1", "em", "contains", "nll"))
+SETTINGS = Settings(batch=2, relay_tokens=5)
 
 
-def test_metrics_are_those_of_squad() -> None:
-    assert exact_match("The Eiffel-Tower!", ["eiffeltower"]) == 1
-    assert f1("in the year 1889", ["1889"]) == pytest.approx(2 * (1 / 3) / (1 / 3 + 1))
-    assert f1("Paris", ["London", "Paris, France"]) == pytest.approx(2 / 3)
-    assert f1("", ["x"]) == 0
-    assert f1("the", [""]) == 1
-    assert contains_answer("It was built by Berthe Quillard in 1388.", ["berthe quillard"]) == 1
-    assert contains_answer("in 13889", ["1388"]) == 0
+def few(count: int = 5) -> list[Item]:
+    return [item.model_copy(update={"context": item.context[:120]}) for item in samples()[:count]]
 
 
-def test_bootstrap_interval_holds_the_mean_and_is_seeded() -> None:
-    values = [0.0, 1.0] * 50
-    interval = bootstrap(values)
-    assert interval == bootstrap(values)
-    assert interval.low < interval.mean == 0.5 < interval.high
-    assert 0.08 < interval.high - interval.mean < 0.12
+def choices(count: int = 4) -> list[Item]:
+    return [
+        Choice(id=str(i), question=f"Which is number {i}?", choices=["one", "two", "three"][: 2 + i % 2], answer=i % 2)
+        for i in range(count)
+    ]
 
 
-def test_samples_are_invented_passages_with_two_questions_each() -> None:
-    items = samples()
-    assert len(items) == 80
-    contexts = {item.context for item in items}
-    assert len(contexts) == 40
-    for item in items:
-        assert item.answers[0] in item.context
-        assert not any(answer.lower() in item.question.lower() for answer in item.answers)
-        assert not any(item.answers[0].lower() in other.lower() for other in contexts - {item.context})
-
-
-def test_unrelated_text_is_as_long_and_never_the_text_itself() -> None:
-    for text in ("short", samples()[0].context, "x" * 5000):
-        other = unrelated_text(text)
-        assert len(other) == len(text)
-        assert text not in other
-
-
-def test_items_come_from_plain_and_packed_files(tmp_path: Path) -> None:
-    rows = "".join(item.model_dump_json() + "\n" for item in samples()[:3])
-    (tmp_path / "a.jsonl").write_text(rows)
-    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(rows.encode()))
-    assert load_items(tmp_path / "a.jsonl") == load_items(tmp_path / "a.jsonl.gz") == samples()[:3]
-    assert len(load_items(tmp_path / "a.jsonl", limit=2)) == 2
-    (tmp_path / "b.jsonl").write_text('{"id": "1", "context": "c", "question": "q"}\n')
-    with pytest.raises(InputError, match="line 1: answers.*expected the fields id, context, question, answers"):
-        load_items(tmp_path / "b.jsonl")
-    with pytest.raises(InputError, match="no items"):
-        (tmp_path / "c.jsonl").write_text("")
-        load_items(tmp_path / "c.jsonl")
-    with pytest.raises(InputError, match="cannot read"):
-        load_items(tmp_path / "absent.jsonl")
-
-
-def test_arms_from_text() -> None:
-    arms = parse_arms(["none", "  # a comment", "wrong int8", "zeroed", "fp16 back@50% contiguous", "budget=5KB int4"])
-    assert [arm.kind for arm in arms] == ["none", "wrong", "zeroed", "cache", "cache"]
-    assert arms[1].plan == Plan.parse("int8")
-    assert arms[3].gaps is False
-    assert (arms[4].budget, arms[4].plan) == ("5KB", Plan.parse("int4"))
-    assert [arm.name for arm in parse_arms([])] == list(DEFAULT)
-    for wrong in (["text", "text"], ["sideways"], ["budget=much"]):
-        with pytest.raises(KVTalkError):
-            parse_arms(wrong)
+def link() -> Link:
+    return Link(tiny_lm("gemma3"), tiny_lm("gemma3"))
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    lm = tiny_lm("gemma3")
     out = tmp_path_factory.mktemp("run")
-    items = [Item(id=i.id, context=i.context[:120], question=i.question, answers=i.answers) for i in samples()[:5]]
-    arms = parse_arms(["none", "text", "wrong", "zeroed", "fp16", "int4 value_norm@50%", "budget=20%"])
-    run(Link(lm, lm), items, arms, out, batch=2, max_new_tokens=6)
+    arms = make_arms(KINDS, [*WAYS, "budget=20%"], WAYS[:1])
+    run(link(), FREE, few(), arms, out, SETTINGS)
+    timing.time_arms(link(), FREE, few()[:2], arms[:4] + arms[5:6], SETTINGS, out)
     return out
 
 
-def test_every_item_is_in_every_arm(finished: Path) -> None:
-    records = read_records(finished)
-    assert len({(record.id, record.arm) for record in records}) == len(records) == 5 * 7
+def by_arm(out: Path) -> dict[str, dict[str, Record]]:
+    found: dict[str, dict[str, Record]] = {}
+    for record in read_records(out):
+        found.setdefault(record.arm, {})[record.id] = record
+    return found
 
 
-def test_a_cache_of_16_bits_scores_like_the_text(finished: Path) -> None:
-    by_arm = {arm: [r for r in read_records(finished) if r.arm == arm] for arm in ("text", "fp16", "wrong", "zeroed")}
+def test_arms_from_names_and_plans() -> None:
+    arms = make_arms(["zeroed", "receiver", "cache", "wrong"], ["int8", "budget=5KB int4", "bf16 contiguous"], ["int8"])
+    assert [arm.name for arm in arms] == [
+        "receiver",
+        "cache int8",
+        "wrong int8",
+        "zeroed int8",
+        "cache budget=5KB int4",
+        "cache bf16 contiguous",
+    ]
+    assert arms[1].plan == Plan.parse("int8")
+    assert (arms[4].budget, arms[4].plan) == ("5KB", Plan.parse("int4"))
+    assert [arm.gaps for arm in arms] == [True] * 5 + [False]
+    for kinds, ways, words in (
+        (["caches"], [], "no arm 'caches'; there are receiver, sharer, text"),
+        ([], [], "no arm to run"),
+        (["cache", "cache"], [], "listed twice"),
+        (["cache"], ["int8", "int8"], "listed twice"),
+        (["routing", "receiver"], [], "add receiver and sharer"),
+        (["cache"], ["budget=much"], "not a size"),
+        (["cache"], ["zip"], "no codec 'zip'; there are fp32, bf16"),
+    ):
+        with pytest.raises(KVTalkError, match=words):
+            make_arms(kinds, ways)
+
+
+def test_protocols_and_metrics_are_named_when_unknown() -> None:
+    with pytest.raises(InputError, match="squad has no protocol 'letter'; there are free"):
+        protocol_for(task_named("squad"), "letter")
+    with pytest.raises(InputError, match="no metric 'f1' in the protocol letter; there are acc, parsed"):
+        protocol_for(task_named("arc_easy"), "letter", ["f1"])
+
+
+def test_a_task_without_context_has_no_cache_to_send(tmp_path: Path) -> None:
+    protocol = protocol_for(task_named("arc_easy"))
+    with pytest.raises(InputError, match="no context.*use receiver, sharer, relay, routing"):
+        run(link(), protocol, choices(), make_arms(["cache"]), tmp_path)
+
+
+def test_every_item_is_in_every_arm_once(finished: Path) -> None:
+    records = list(read_records(finished))
+    arms = json.loads((finished / "manifest.json").read_text())["arms"]
+    assert len(arms) == 5 + 4 + 1 + 1
+    assert len({(record.id, record.arm) for record in records}) == len(records) == 5 * len(arms)
+
+
+def test_the_same_model_on_both_sides_makes_these_arms_equal(finished: Path) -> None:
+    arms = by_arm(finished)
+    for one, other in (("sharer", "text"), ("cache fp16", "self fp16")):
+        for key in arms[one]:
+            assert arms[one][key].scores == arms[other][key].scores
+
+
+def test_a_cache_of_16_bits_scores_like_the_text_and_destroyed_ones_do_not(finished: Path) -> None:
+    arms = by_arm(finished)
 
     def distance(arm: str) -> float:
-        return max(abs(a.nll - b.nll) for a, b in zip(by_arm["text"], by_arm[arm], strict=True))
+        return max(abs(arms["text"][key].scores["nll"] - arms[arm][key].scores["nll"]) for key in arms[arm])
 
-    assert distance("fp16") < 0.01
-    assert min(distance("wrong"), distance("zeroed")) > 5 * distance("fp16")
+    assert distance("cache fp16") < 0.01
+    assert min(distance("wrong fp16"), distance("zeroed fp16")) > 5 * distance("cache fp16")
 
 
-def test_bytes_and_plans_are_recorded(finished: Path) -> None:
-    for record in read_records(finished):
-        if record.arm in ("none", "text"):
-            assert (record.plan, record.bits_per_value) == ("", 0)
-        else:
-            assert record.bytes > 0
-            assert record.plan
-    budgeted = [r for r in read_records(finished) if r.arm == "budget=20%"]
-    assert all(record.bits_per_value <= 3.2 for record in budgeted)
+def test_a_batch_answers_like_single_items(finished: Path, tmp_path: Path) -> None:
+    arms = [arm for arm in make_arms(KINDS, [*WAYS, "budget=20%"], WAYS[:1]) if arm.kind != "routing"]
+    run(link(), FREE, few(), arms, tmp_path, replace(SETTINGS, batch=1))
+    together, alone = by_arm(finished), by_arm(tmp_path)
+    for arm, records in alone.items():
+        for key, record in records.items():
+            assert record.scores["nll"] == pytest.approx(together[arm][key].scores["nll"], abs=2e-3), arm
+            assert (record.bytes, record.plan) == (together[arm][key].bytes, together[arm][key].plan)
+
+
+def test_bytes_and_plans_are_those_of_the_packets(finished: Path) -> None:
+    arms = by_arm(finished)
+    sharer = link().sharer
+    for item in few():
+        for way in WAYS:
+            shared = sharer.share(item.context, plan=Plan.parse(way))
+            record = arms[f"cache {way}"][item.id]
+            assert record.bytes == len(shared.blob)
+            assert record.bits_per_value == pytest.approx(shared.cost.bits_per_value, abs=1e-3)
+        assert arms["text"][item.id].bytes == len(item.context.encode())
+        assert arms["relay"][item.id].bytes == len(arms["relay"][item.id].sent.encode())
+        assert arms["receiver"][item.id].bytes == 0
+        assert arms["cache budget=20%"][item.id].bits_per_value <= 3.2
+
+
+def test_the_wrong_cache_is_that_of_another_context(finished: Path) -> None:
+    items = few()
+    lengths = {len(item.context) for item in items}
+    assert lengths == {120}
+    following = {items[0].context: items[2].context, items[2].context: items[0].context}
+    batch = Batch(link(), FREE, [items[0], items[2]], following, SETTINGS)
+    swapped = Batch(link(), FREE, [items[2], items[0]], following, SETTINGS)
+    wrong, right = Arm("wrong fp16", "wrong", Plan.parse("fp16")), Arm("cache fp16", "cache", Plan.parse("fp16"))
+    ours = {record.id: record.scores["nll"] for record in batch.run(right)}
+    theirs = {record.id: record.scores["nll"] for record in swapped.run(wrong)}
+    assert all(abs(ours[key] - theirs[key]) > 1e-3 for key in ours)
+
+
+def test_routing_takes_the_more_confident_answer(finished: Path) -> None:
+    arms = by_arm(finished)
+    for key, record in arms["routing"].items():
+        chosen = arms[record.plan][key]
+        assert chosen.confidence == max(arms["receiver"][key].confidence, arms["sharer"][key].confidence)
+        assert record.answer == chosen.answer
+    row = next(row for row in json.loads((finished / "summary.json").read_text())["arms"] if row["arm"] == "routing")
+    assert row["sharer_share"] == sum(record.plan == "sharer" for record in arms["routing"].values()) / 5
 
 
 def test_manifest_names_everything_that_a_reader_needs(finished: Path) -> None:
     manifest = json.loads((finished / "manifest.json").read_text())
-    assert {"command", "sharer", "receiver", "prompt", "items", "arms", "dtype", "device", "versions"} <= set(manifest)
+    wanted = {"command", "task", "sharer", "receiver", "prompt", "items", "arms", "metrics", "dtype", "device"}
+    assert wanted | {"versions", "decoding", "relay_tokens", "started"} <= set(manifest)
     assert manifest["items"]["count"] == 5
     assert len(manifest["sharer"]["weights"]) == 16
 
@@ -129,26 +184,191 @@ def test_summary_can_be_recomputed_and_an_unfinished_run_cannot(finished: Path, 
     recompute(finished)
     assert (finished / "summary.json").read_text() == before
     rows = {row["arm"]: row for row in json.loads(before)["arms"]}
-    assert "f1_bought" in rows["fp16"]
-    assert "f1_minus_text" in rows["fp16"]
+    assert rows["cache fp16"]["control"] in ("wrong fp16", "zeroed fp16")
+    assert {"gain", "gain_p", "minus_text"} <= set(rows["cache fp16"])
+    assert rows["cache budget=20%"]["control"].endswith("fp16")
     with pytest.raises(InputError, match="no run"):
         recompute(tmp_path)
-    (tmp_path / "manifest.json").write_text((finished / "manifest.json").read_text())
+    shutil.copy(finished / "manifest.json", tmp_path)
     with pytest.raises(InputError, match="not finished"):
         recompute(tmp_path)
 
 
+def test_gains_are_paired_differences_against_the_better_control() -> None:
+    arms = make_arms(["cache", "wrong", "zeroed"], ["int8"])
+    right = {"cache": [1, 1, 1, 0], "wrong": [0, 1, 0, 0], "zeroed": [0, 0, 0, 0]}
+    records = [
+        Record(str(row), f"{kind} int8", "", {"em": float(value)}, 0.5, 10, 8.0, "")
+        for kind, values in right.items()
+        for row, value in enumerate(values)
+    ]
+    row = summarize(records, arms, ["em"], 4)["arms"][0]
+    assert row["control"] == "wrong int8"
+    assert row["gain"][0] == 50
+    assert row["gain_p"] == 0.5
+
+
+@pytest.mark.parametrize("kinds", [["cache"], ["cache", "wrong"], ["cache", "zeroed", "text"]])
+def test_a_run_without_both_controls_prints_no_gain(kinds: list[str]) -> None:
+    arms = make_arms(kinds, ["int8"])
+    records = [Record("1", arm.name, "", {"f1": 1.0}, 0.5, 10, 8.0, "") for arm in arms]
+    summary = summarize(records, arms, ["f1"], 1)
+    assert not any("gain" in row for row in summary["arms"])
+    assert "gain" not in table(summary)[0]
+
+
+def test_the_surer_of_two_is_the_receiver_when_they_are_level() -> None:
+    records = [Record("1", arm, arm, {"acc": 1.0}, 0.5, 0, 0.0, "") for arm in ("receiver", "sharer")]
+    assert [record.plan for record in route(records)] == ["receiver"]
+
+
+def test_an_interrupted_run_goes_on_at_the_same_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arms = make_arms(["receiver", "cache", "wrong", "zeroed"])
+    answered: list[tuple[str, int]] = []
+    honest = Batch.run
+
+    def counted(self: Batch, arm: Arm) -> list[Record]:
+        if len(answered) == 5:
+            raise KeyboardInterrupt
+        answered.append((arm.name, len(self.items)))
+        return honest(self, arm)
+
+    monkeypatch.setattr(Batch, "run", counted)
+    with pytest.raises(KeyboardInterrupt):
+        run(link(), FREE, few(), arms, tmp_path, SETTINGS)
+    log = tmp_path / "items.partial.jsonl"
+    assert log.read_text().count("\n") == 10
+    with log.open("a") as file:
+        file.write('{"id": "cut off in the mid')
+    monkeypatch.setattr(Batch, "run", honest)
+    run(link(), FREE, few(), arms, tmp_path, SETTINGS)
+    records = list(read_records(tmp_path))
+    assert len(records) == len({(record.id, record.arm) for record in records}) == 20
+    assert not log.exists()
+
+
+def test_another_run_in_the_folder_is_refused_and_the_same_one_is_done(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "copy"
+    shutil.copytree(finished, out)
+    arms = make_arms(KINDS, [*WAYS, "budget=20%"], WAYS[:1])
+    before = (out / "items.jsonl.gz").read_bytes()
+    run(link(), FREE, few(), arms, out, SETTINGS)
+    assert gzip.decompress((out / "items.jsonl.gz").read_bytes()) == gzip.decompress(before)
+    for other, words in (
+        (lambda: run(link(), FREE, few(4), arms, out, SETTINGS), "items differ"),
+        (lambda: run(link(), FREE, few(), arms[:3], out, SETTINGS), "arms differ"),
+        (lambda: run(Link(tiny_lm("llama"), tiny_lm("llama")), FREE, few(), arms, out, SETTINGS), "sharer, receiver"),
+    ):
+        with pytest.raises(InputError, match=words):
+            other()
+
+
+def test_a_run_gets_further_arms_and_keeps_its_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(link(), FREE, few(), make_arms(["receiver", "cache"]), tmp_path, SETTINGS)
+    asked: list[str] = []
+    honest = Batch.run
+    monkeypatch.setattr(Batch, "run", lambda self, arm: asked.append(arm.name) or honest(self, arm))
+    summary = run(link(), FREE, few(), make_arms(["receiver", "cache", "wrong", "zeroed"]), tmp_path, SETTINGS)
+    assert set(asked) == {"wrong bf16", "zeroed bf16"}
+    assert "gain" in {key for row in summary["arms"] for key in row}
+    assert len(json.loads((tmp_path / "manifest.json").read_text())["earlier"]) == 1
+
+
 def test_the_wrong_cache_needs_a_second_context(tmp_path: Path) -> None:
-    lm = tiny_lm("llama")
     with pytest.raises(InputError, match="two different contexts"):
-        run(Link(lm, lm), samples()[:2], parse_arms(["wrong"]), tmp_path)
+        run(link(), FREE, samples()[:2], make_arms(["wrong"]), tmp_path)
 
 
-def test_odd_characters_in_answers_and_files_break_no_line(tmp_path: Path) -> None:
-    odd = "a\u2028b\u0085c"
-    rows = [item.model_copy(update={"question": odd}) for item in samples()[:2]]
-    (tmp_path / "a.jsonl").write_text("".join(row.model_dump_json() + "\n" for row in rows), "utf-8")
-    assert [item.question for item in load_items(tmp_path / "a.jsonl")] == [odd, odd]
-    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b"{}" * 500)[:-20])
-    with pytest.raises(InputError, match="cannot read"):
-        load_items(tmp_path / "cut.jsonl.gz")
+def test_metrics_of_words_are_added_without_a_model(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "copy"
+    shutil.copytree(finished, out)
+    summary = rescore(out, FREE, few(), ["kvcomm", "coherence_published"], "")
+    assert summary["metrics"] == ["f1", "em", "contains", "nll", "kvcomm", "coherence_published"]
+    with pytest.raises(InputError, match="other items"):
+        rescore(out, FREE, few(4), ["kvcomm"], "")
+
+
+def test_letters_and_likelihoods_of_options(tmp_path: Path) -> None:
+    for name in ("letter", "likelihood"):
+        protocol = protocol_for(task_named("arc_easy"), name)
+        run(
+            link(),
+            protocol,
+            choices(),
+            make_arms(["receiver", "sharer", "relay", "routing"]),
+            tmp_path / name,
+            SETTINGS,
+        )
+    for record in read_records(tmp_path / "letter"):
+        assert set(record.scores) == {"acc", "parsed", "acc_published"}
+    lm = tiny_lm("gemma3")
+    for record in read_records(tmp_path / "likelihood"):
+        if record.arm != "receiver":
+            continue
+        item = next(item for item in choices() if item.id == record.id)
+        prompt = lm.encode(f"Question: {item.question}\nAnswer:")
+        for choice, found in zip(item.choices, record.likelihoods, strict=True):
+            ids = lm.encode(f" {choice}")
+            logits = lm.logits([prompt + ids], lm.place([[]], head=False))[0].log_softmax(-1)
+            wanted = sum(float(logits[len(prompt) - 1 + step, token]) for step, token in enumerate(ids))
+            assert found == pytest.approx(wanted, abs=1e-3)
+
+
+def test_plans_of_a_curve() -> None:
+    assert len(DEFAULT_PLANS) >= 24
+    ways = normalized(DEFAULT_PLANS)
+    assert len(set(ways)) == len(ways)
+    assert grid(["int8", "bf16"], ["front"], ["50%", "100%"], ["all", "last:50%"]) == [
+        "int8:token front@50%",
+        "int8:token front@50% layers=last:50%",
+        "int8:token",
+        "int8:token layers=last:50%",
+        "bf16 front@50%",
+        "bf16 front@50% layers=last:50%",
+        "bf16",
+        "bf16 layers=last:50%",
+    ]
+    assert controlled(["int4", "bf16", "int8"]) == ["bf16", "int8", "int4"]
+    assert controlled(["int4"]) == ["int4"]
+    assert controlled(["int4", "budget=10%", "bf16"]) == ["bf16", "int4"]
+
+
+def test_the_front_is_what_no_smaller_packet_matches() -> None:
+    rows = [
+        {"kind": "cache", "bytes": size, "f1": [score, score - 1, score + 1], "plan": name}
+        for name, size, score in (("a", 10, 5.0), ("b", 20, 4.0), ("c", 20, 9.0), ("d", 30, 9.0), ("e", 40, 11.0))
+    ]
+    assert [row["plan"] for row in pareto(rows, "f1")] == ["a", "c", "e"]
+    assert floor(rows, "f1") is None
+    assert floor([{**rows[0], "kind": "wrong"}, {**rows[2], "kind": "zeroed"}], "f1") == (4.0, 10.0)
+
+
+def test_phases_are_timed_one_by_one(finished: Path) -> None:
+    medians = timing.medians(finished)
+    assert set(medians) == {"receiver", "sharer", "text", "relay", "cache fp16"}
+    assert all(medians["cache fp16"][phase] > 0 for phase in ("prefill", "encode", "decode", "place", "first_token"))
+    assert medians["relay"]["relay"] > 0
+    assert medians["text"]["prefill"] == 0
+
+
+def test_a_report_holds_every_run_and_nothing_from_elsewhere(finished: Path, tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    report.write([finished], page, "A <title>")
+    text = page.read_text()
+    assert "A &lt;title&gt;" in text
+    for words in ("Invented passages", "cache fp16", "zeroed fp16", "median milliseconds", "kvtalk eval --recompute"):
+        assert words in text
+    for item in json.loads((finished / "sample.json").read_text()):
+        assert item["question"].replace("'", "&#39;") in text
+    assert "src=" not in text
+    assert "http" not in text.replace("http://www.w3.org/2000/svg", "")
+    with pytest.raises(InputError, match="no run"):
+        report.write([tmp_path], page, "")
+
+
+def test_questions_of_a_closed_licence_stay_out_of_results(tmp_path: Path) -> None:
+    protocol = protocol_for(task_named("ceval"), "likelihood")
+    run(link(), protocol, choices(), make_arms(["receiver"]), tmp_path, SETTINGS)
+    assert all(set(item) == {"id"} for item in json.loads((tmp_path / "sample.json").read_text()))
+    report.write([tmp_path], tmp_path / "report.html", "C-Eval")
+    assert "Which is number" not in (tmp_path / "report.html").read_text()

@@ -304,6 +304,10 @@ def curve(
     plan: Annotated[list[str] | None, typer.Option("--plan", "-p", help="A further plan; repeat for several.")] = None,
     plans_file: Annotated[Path | None, typer.Option(help="Plans to try, one a line; # starts a comment.")] = None,
     budget: Annotated[list[str] | None, typer.Option("--budget", "-b", help="A budget; repeat for several.")] = None,
+    controls: Annotated[
+        list[str] | None,
+        typer.Option(help="A plan whose controls are run; by default the largest, the middle one and the smallest."),
+    ] = None,
     metrics: MetricsOption = None,
     out_dir: OutOption = None,
     data: DataOption = None,
@@ -331,8 +335,9 @@ def curve(
         listed += sweep.grid(_listed(codecs), _listed(tokens), _listed(keep), layers or [])
     listed = listed or list(sweep.DEFAULT_PLANS)
     ways = sweep.normalized([*listed, *(plan or []), *(f"budget={size}" for size in budget or [])])
+    controlled = sweep.controlled(ways, controls)
     asked = session.Asked(task, data, hub, revision, limit, None, _listed(metrics), embedder)
-    run = session.prepare(asked, _listed(arms), ways, sweep.controlled(ways), batch, relay_tokens, time_items)
+    run = session.prepare(asked, _listed(arms), ways, controlled, batch, relay_tokens, time_items)
     with _loading():
         link = _link(sharer, receiver, dtype)
     session.evaluate(out, link, run, out_dir)

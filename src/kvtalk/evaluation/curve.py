@@ -7,6 +7,7 @@ from itertools import product
 from typing import Any
 
 from kvtalk.codecs import codec
+from kvtalk.errors import InputError
 from kvtalk.planning import Plan
 
 CODECS = (
@@ -52,10 +53,24 @@ def normalized(plans: Sequence[str]) -> list[str]:
     )
 
 
-def controlled(ways: Sequence[str]) -> list[str]:
-    """The ways whose controls are run too: the largest, the middle one and the smallest."""
-    ordered = sorted(ways, key=_nominal_bits)
-    return list(dict.fromkeys((ordered[-1], ordered[len(ordered) // 2], ordered[0])))
+def controlled(ways: Sequence[str], asked: Sequence[str] | None = None) -> list[str]:
+    """The ways whose controls are run too: those asked for, else the largest plan, the middle one and the smallest.
+
+    Of budgets alone, whose plans are not known beforehand: all.
+
+    Raises:
+        InputError: asked for one that is not among the ways.
+    """
+    if asked:
+        wanted = normalized(asked)
+        for way in wanted:
+            if way not in ways:
+                raise InputError(f"no plan {way!r} in this curve; there are {', '.join(ways)}")
+        return wanted
+    plans = sorted((way for way in ways if not way.startswith("budget=")), key=_nominal_bits)
+    if not plans:
+        return list(ways)
+    return list(dict.fromkeys((plans[-1], plans[len(plans) // 2], plans[0])))
 
 
 def pareto(rows: Sequence[Mapping[str, Any]], metric: str) -> list[Mapping[str, Any]]:
@@ -68,9 +83,7 @@ def pareto(rows: Sequence[Mapping[str, Any]], metric: str) -> list[Mapping[str, 
 
 
 def _nominal_bits(way: str) -> float:
-    """Bits per value, scales and header left out; a budget counts as 16."""
-    if way.startswith("budget="):
-        return 16.0
+    """Bits per value, scales and header left out."""
     plan = Plan.parse(way.removesuffix(" contiguous"))
     share = plan.keep if isinstance(plan.keep, float) else 0.5
     return share * (codec(plan.keys).bits + codec(plan.values).bits) / 2

@@ -60,7 +60,7 @@ def run(
         protocol: how the questions are asked.
         items: what is asked.
         arms: see :func:`kvtalk.evaluation.arms.make_arms`.
-        out: created if need be; a run of the same items, arms and models in it is continued.
+        out: created if need be; a run of the same items and models in it is continued, and gets what arms it lacks.
         settings: batch, length of a relayed text.
 
     Returns:
@@ -80,7 +80,8 @@ def run(
     _write(out / "sample.json", _sample(protocol, items))
     log = out / "items.partial.jsonl"
     if not log.exists():
-        _write(log, "".join(map(_line, read_records(out))).encode())
+        asked_for = (record for record in read_records(out) if record.arm != "routing")
+        _write(log, "".join(map(_line, asked_for)).encode())
     done = _repair(log)
     asked = [arm for arm in arms if arm.kind != "routing"]
     with log.open("a", encoding="utf-8") as file, _bar() as bar:
@@ -225,20 +226,31 @@ def _manifest(
     }
 
 
-_FIXED = ("task", "sharer", "receiver", "prompt", "items", "arms", "max_new_tokens", "relay_tokens", "dtype")
+_FIXED = ("task", "sharer", "receiver", "prompt", "items", "max_new_tokens", "relay_tokens", "dtype")
 
 
 def _claim(file: Path, manifest: dict[str, Any]) -> None:
-    """Write the manifest, or make sure that the one that is there is of the same run."""
-    if file.exists():
-        before = read_manifest(file.parent)
-        different = [key for key in _FIXED if before.get(key) != json.loads(json.dumps(manifest[key]))]
-        if different:
-            raise InputError(
-                f"{file.parent} holds another run ({', '.join(different)} differ): give another --out, or remove it"
-            )
+    """Write the manifest, or make sure that the run that is there is this one, maybe with fewer arms.
+
+    A run that gets further arms keeps its answers; what it said about itself before stands under ``earlier``.
+    """
+    if not file.exists():
+        _write(file, _json(manifest))
         return
-    _write(file, _json(manifest))
+    before, now = read_manifest(file.parent), json.loads(json.dumps(manifest))
+    different = [key for key in _FIXED if before.get(key) != now[key]]
+    if not all(arm in now["arms"] for arm in before["arms"]):
+        different.append("arms")
+    if not set(now["metrics"]) <= set(before["metrics"]):
+        different.append("metrics")
+    if different:
+        raise InputError(
+            f"{file.parent} holds another run ({', '.join(different)} differ): give another --out, or remove it"
+        )
+    if now["arms"] != before["arms"]:
+        about = ("command", "device", "versions", "started")
+        earlier = [*before.get("earlier", ()), {key: before[key] for key in about}]
+        _write(file, _json({**before, **{key: now[key] for key in (*about, "arms")}, "earlier": earlier}))
 
 
 def _sample(protocol: Protocol, items: Sequence[Item]) -> bytes:
