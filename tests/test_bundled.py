@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -11,16 +13,22 @@ import torch
 from conftest import bundled_lm
 from kvtalk import Link, Plan, bundled
 from kvtalk import packet as wire
-from kvtalk.cache import Prefix
-from kvtalk.evaluation.arms import parse_arms
-from kvtalk.evaluation.items import load_items, samples, unrelated_text
+from kvtalk.cache import KVCache, Prefix
+from kvtalk.evaluation.arms import make_arms
+from kvtalk.evaluation.data import samples, unrelated_text
 from kvtalk.evaluation.metrics import contains_answer
+from kvtalk.evaluation.protocols import protocol_for
 from kvtalk.evaluation.runner import run
+from kvtalk.evaluation.summary import read_records
+from kvtalk.evaluation.tasks import task_named
+from kvtalk.link import Receiver, Sharer
 from kvtalk.loading import sentence_nats
 from kvtalk.models import LM
 from kvtalk.packet import Packet
 
 pytestmark = pytest.mark.models
+ROOT = Path(__file__).parents[1]
+INVENTED = protocol_for(task_named("invented"))
 both = pytest.mark.parametrize("name", list(bundled.MODELS))
 
 
@@ -122,19 +130,74 @@ def test_a_corrupted_packet_changes_the_answers() -> None:
 
 def test_the_cache_buys_what_the_text_buys_and_its_controls_buy_nothing(tmp_path: Path) -> None:
     lm = LM.load("gemma3-270m")
-    arms = parse_arms(["none", "text", "wrong", "zeroed", "bf16", "int4:channel/int4:token before"])
-    rows = {row["arm"]: row for row in run(Link(lm, lm), samples()[::4], arms, tmp_path)["arms"]}
-    assert max(rows[name]["contains"][0] for name in ("none", "wrong", "zeroed")) <= 10
-    assert rows["bf16"]["contains"][0] >= 45
-    assert abs(rows["bf16"]["contains"][0] - rows["text"]["contains"][0]) <= 10
-    assert rows["int4:channel/int4:token before"]["nll"] < rows["bf16"]["nll"] + 0.15
-    assert rows["int4:channel/int4:token before"]["bits_per_value"] < 4.7
+    arms = make_arms(["receiver", "text", "cache", "wrong", "zeroed"], ["bf16", "int4:channel/int4:token before"])
+    rows = {row["arm"]: row for row in run(Link(lm, lm), INVENTED, samples()[::4], arms, tmp_path)["arms"]}
+    destroyed = ("receiver", "wrong bf16", "zeroed bf16")
+    assert max(rows[name]["contains"][0] for name in destroyed) <= 10
+    assert rows["cache bf16"]["contains"][0] >= 45
+    assert rows["cache bf16"]["gain"][1] > 20
+    assert rows["cache bf16"]["gain_p"] < 0.01
+    assert abs(rows["cache bf16"]["contains"][0] - rows["text"]["contains"][0]) <= 10
+    assert rows["cache int4:channel/int4:token before"]["nll"] < rows["cache bf16"]["nll"] + 0.15
+    assert rows["cache int4:channel/int4:token before"]["bits_per_value"] < 4.7
+
+
+class Whispering(Receiver):
+    """A fraud: it puts the text into the prompt, whatever comes in the packet."""
+
+    def prompt(self, question: str) -> list[int]:
+        context = next(item.context for item in samples() if item.question == question)
+        return self.lm.encode(context) + super().prompt(question)
+
+
+class Shuffling(Sharer):
+    """A fraud or a bug: its packets are those of the neighbours."""
+
+    def encode_rows(self, cache: KVCache, plans: Sequence[Plan]) -> list[memoryview]:
+        blobs = super().encode_rows(cache, plans)
+        return blobs[2:] + blobs[:2]
+
+
+@pytest.mark.parametrize("fraud", ["whispers the text", "sends the wrong item"])
+def test_the_controls_expose_a_planted_fraud(fraud: str, tmp_path: Path) -> None:
+    """A link that whispers scores high with every cache, one that shuffles scores low with its own: neither gains."""
+    lm = LM.load("gemma3-270m")
+    link = Link(lm, lm)
+    if fraud == "whispers the text":
+        link.receiver = Whispering(lm)
+    else:
+        link.sharer = Shuffling(lm)
+    arms = make_arms(["cache", "wrong", "zeroed"], ["int8"])
+    rows = {row["arm"]: row for row in run(link, INVENTED, samples()[::4], arms, tmp_path)["arms"]}
+    scores = {name: row["contains"][0] for name, row in rows.items()}
+    if fraud == "whispers the text":
+        assert scores["cache int8"] >= 45
+        assert scores["wrong int8"] >= 45
+    else:
+        assert scores["cache int8"] <= 10
+    gain = rows["cache int8"]["gain"]
+    assert gain[1] <= 0 <= gain[2] + 1e-9
+    assert rows["cache int8"]["gain_p"] > 0.05
 
 
 def test_public_questions_from_the_cache(shared_data: Path, tmp_path: Path) -> None:
     lm = LM.load("gemma3-270m")
-    items = load_items(shared_data / "squad_v1_test.jsonl.gz", limit=24)
-    arms = parse_arms(["none", "text", "wrong", "bf16"])
-    rows = {row["arm"]: row for row in run(Link(lm, lm), items, arms, tmp_path, batch=12)["arms"]}
-    assert rows["bf16"]["nll"] == pytest.approx(rows["text"]["nll"], abs=0.05)
-    assert rows["bf16"]["nll"] < min(rows["none"]["nll"], rows["wrong"]["nll"]) - 0.5
+    task = task_named("squad")
+    items = task.load(shared_data, limit=24)
+    arms = make_arms(["receiver", "text", "cache", "wrong"])
+    rows = {row["arm"]: row for row in run(Link(lm, lm), protocol_for(task), items, arms, tmp_path)["arms"]}
+    assert rows["cache bf16"]["nll"] == pytest.approx(rows["text"]["nll"], abs=0.05)
+    assert rows["cache bf16"]["nll"] < min(rows["receiver"]["nll"], rows["wrong bf16"]["nll"]) - 0.5
+
+
+def test_options_are_weighed_as_an_independent_harness_does(shared_data: Path, tmp_path: Path) -> None:
+    """The first items of ARC-Easy; `benchmarks/against_lm_eval.py` compares 200 and wrote the file."""
+    expected = json.loads((ROOT / "results" / "bench" / "against_lm_eval.json").read_text())["models"]["smollm2-135m"]
+    lm = bundled_lm("smollm2-135m")
+    task = task_named("arc_easy")
+    items = task.load(shared_data, limit=12)
+    run(Link(lm, lm), protocol_for(task, "likelihood"), items, make_arms(["receiver"]), tmp_path)
+    for record in read_records(tmp_path):
+        wanted = expected["items"][record.id]
+        assert record.likelihoods == pytest.approx(wanted["theirs"], abs=2e-3)
+        assert (record.scores["acc"], record.scores["acc_norm"]) == (wanted["acc"], wanted["acc_norm"])

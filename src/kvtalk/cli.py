@@ -256,6 +256,8 @@ def evaluate(
     relay_tokens: RelayOption = 256,
     embedder: EmbedderOption = None,
     dtype: DtypeOption = None,
+    temperature: TemperatureOption = 0.0,
+    seed: SeedOption = 0,
     time_items: TimeOption = 0,
     recompute: Annotated[
         Path | None,
@@ -272,6 +274,7 @@ def evaluate(
     controls wrong, zeroed, self. A gain is printed only where wrong and zeroed were run.
     """
     from kvtalk.evaluation import session
+    from kvtalk.evaluation.batch import Settings
 
     if recompute is not None:
         asked = session.Asked(task, data, hub, revision, limit, protocol, _listed(metrics), embedder)
@@ -279,7 +282,8 @@ def evaluate(
         return
     asked = session.Asked(task, data, hub, revision, limit, protocol, _listed(metrics), embedder)
     ways = [*(plan or []), *(f"budget={size}" for size in budget or [])]
-    run = session.prepare(asked, _listed(arms), ways, None, batch, relay_tokens, time_items)
+    settings = Settings(relay_tokens=relay_tokens, temperature=temperature, seed=seed)
+    run = session.prepare(asked, _listed(arms), ways, None, settings, batch, time_items)
     with _loading():
         link = _link(sharer, receiver, dtype)
     session.evaluate(out, link, run, out_dir)
@@ -318,6 +322,8 @@ def curve(
     relay_tokens: RelayOption = 256,
     embedder: EmbedderOption = None,
     dtype: DtypeOption = None,
+    temperature: TemperatureOption = 0.0,
+    seed: SeedOption = 0,
     time_items: TimeOption = 0,
 ) -> None:
     """Sweep plans over one task: score against bytes, the Pareto front, and the floor of the controls.
@@ -328,6 +334,7 @@ def curve(
     """
     from kvtalk.evaluation import curve as sweep
     from kvtalk.evaluation import session
+    from kvtalk.evaluation.batch import Settings
 
     lines = [line.split("#")[0].strip() for line in read_text(str(plans_file)).splitlines()] if plans_file else []
     listed = [line for line in lines if line]
@@ -337,7 +344,8 @@ def curve(
     ways = sweep.normalized([*listed, *(plan or []), *(f"budget={size}" for size in budget or [])])
     controlled = sweep.controlled(ways, controls)
     asked = session.Asked(task, data, hub, revision, limit, None, _listed(metrics), embedder)
-    run = session.prepare(asked, _listed(arms), ways, controlled, batch, relay_tokens, time_items)
+    settings = Settings(relay_tokens=relay_tokens, temperature=temperature, seed=seed)
+    run = session.prepare(asked, _listed(arms), ways, controlled, settings, batch, time_items)
     with _loading():
         link = _link(sharer, receiver, dtype)
     session.evaluate(out, link, run, out_dir)

@@ -54,7 +54,9 @@ class Arm:
         return self.name.partition(" ")[2]
 
 
-def make_arms(kinds: Sequence[str], ways: Sequence[str] = (), controlled: Sequence[str] | None = None) -> list[Arm]:
+def make_arms(
+    kinds: Sequence[str], ways: Sequence[str] = (), controlled: Sequence[str] | None = None, seed: int = 0
+) -> list[Arm]:
     """The arms of a run.
 
     Args:
@@ -62,6 +64,7 @@ def make_arms(kinds: Sequence[str], ways: Sequence[str] = (), controlled: Sequen
         ways: what to send, each a plan, a plan that ends in ``contiguous`` (holes of dropped tokens are closed), or
             ``budget=SIZE``, maybe with a plan after it; by default bf16.
         controlled: which of ``ways`` are also sent by the controls (wrong, zeroed, self); by default all.
+        seed: of random token policies.
 
     Raises:
         InputError: an unknown or repeated name, or routing without the two arms between which it chooses.
@@ -79,7 +82,7 @@ def make_arms(kinds: Sequence[str], ways: Sequence[str] = (), controlled: Sequen
         raise InputError("an arm or a plan is listed twice")
     plain = [Arm(kind, kind) for kind in KINDS if kind in kinds and kind not in TRANSFERS]  # type: ignore[arg-type]
     sent = [
-        _transfer(kind, way)
+        _transfer(kind, way, seed)
         for way in ways
         for kind in TRANSFERS
         if kind in kinds and (kind == "cache" or controlled is None or way in controlled)
@@ -87,12 +90,12 @@ def make_arms(kinds: Sequence[str], ways: Sequence[str] = (), controlled: Sequen
     return plain + sent
 
 
-def _transfer(kind: str, way: str) -> Arm:
+def _transfer(kind: str, way: str, seed: int) -> Arm:
     first, _, rest = way.partition(" ")
     name = f"{kind} {way}"
     if first.startswith("budget="):
         budget = first.removeprefix("budget=")
         Budget.parse(budget)
-        return Arm(name, kind, Plan.parse(rest) if rest else None, budget)  # type: ignore[arg-type]
+        return Arm(name, kind, Plan.parse(rest, seed) if rest else None, budget)  # type: ignore[arg-type]
     gaps = not way.endswith(" contiguous")
-    return Arm(name, kind, Plan.parse(way.removesuffix(" contiguous")), gaps=gaps)  # type: ignore[arg-type]
+    return Arm(name, kind, Plan.parse(way.removesuffix(" contiguous"), seed), gaps=gaps)  # type: ignore[arg-type]

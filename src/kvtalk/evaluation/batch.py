@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from zlib import crc32
 
 import torch
 
@@ -32,10 +33,14 @@ class Settings:
     Attributes:
         batch: items at a time.
         relay_tokens: length of a relayed text at most.
+        temperature: 0 answers greedily, above 0 samples.
+        seed: of sampling.
     """
 
     batch: int = 16
     relay_tokens: int = RELAY_TOKENS
+    temperature: float = 0.0
+    seed: int = 0
 
     @classmethod
     def for_device(cls, device: torch.device) -> Settings:
@@ -74,6 +79,8 @@ class Batch:
 
     def run(self, arm: Arm) -> list[Record]:
         """Every item in one arm."""
+        # Drawn anew for each batch and arm, so that a run that was interrupted draws what it would have drawn.
+        torch.manual_seed(crc32(f"{self.settings.seed} {arm.name} {self.items[0].id}".encode()))
         receiver, writer = self.link.receiver, Receiver(self.link.sharer.lm)
         if arm.kind == "receiver":
             return self._ask(arm, receiver, [None] * len(self.items), [0] * len(self.items))
@@ -95,7 +102,9 @@ class Batch:
         sent: Sequence[str] = (),
     ) -> list[Record]:
         prompts = [self.protocol.prompt(side, item, text) for item, text in zip(self.items, backgrounds, strict=True)]
-        outcomes = self.protocol.answer(side.lm, self.items, prompts, self._blank(side, prompts))
+        outcomes = self.protocol.answer(
+            side.lm, self.items, prompts, self._blank(side, prompts), self.settings.temperature
+        )
         return [
             _record(item, arm, outcome, size, sent=text)
             for item, outcome, size, text in zip(self.items, outcomes, sizes, sent or [""] * len(sizes), strict=True)
@@ -111,7 +120,7 @@ class Batch:
         rows = [sent.read.index[context] for context in contexts]
         room = max(map(len, prompts)) + self.protocol.room
         placed = sent.place(receiver, room, zeroed=arm.kind == "zeroed").rows(rows)
-        outcomes = self.protocol.answer(receiver.lm, self.items, prompts, placed)
+        outcomes = self.protocol.answer(receiver.lm, self.items, prompts, placed, self.settings.temperature)
         return [
             _record(item, arm, outcome, len(sent.blobs[row]), sent.bits(row), str(sent.plans[row]))
             for item, outcome, row in zip(self.items, outcomes, rows, strict=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -88,8 +88,15 @@ class Protocol(ABC):
         """What ends the text that a sharer writes."""
 
     @abstractmethod
-    def answer(self, lm: LM, items: Sequence[Item], prompts: Sequence[list[int]], placed: PlacedCache) -> list[Outcome]:
-        """Ask; uses the placed cache up."""
+    def answer(
+        self,
+        lm: LM,
+        items: Sequence[Item],
+        prompts: Sequence[list[int]],
+        placed: PlacedCache,
+        temperature: float = 0.0,
+    ) -> list[Outcome]:
+        """Ask; uses the placed cache up. At a temperature above 0 answers are sampled."""
 
 
 class Free(Protocol):
@@ -121,10 +128,17 @@ class Free(Protocol):
     def relay_stop(self, lm: LM) -> Sequence[str]:
         return lm.prompt.stop
 
-    def answer(self, lm: LM, items: Sequence[Item], prompts: Sequence[list[int]], placed: PlacedCache) -> list[Outcome]:
+    def answer(
+        self,
+        lm: LM,
+        items: Sequence[Item],
+        prompts: Sequence[list[int]],
+        placed: PlacedCache,
+        temperature: float = 0.0,
+    ) -> list[Outcome]:
         passages = [item for item in items if isinstance(item, Passage)]
         nlls = _answer_nll(lm, passages, prompts, placed)
-        made = lm.generate(prompts, placed, max_new_tokens=self.answer_tokens, logprobs=True)
+        made = lm.generate(prompts, placed, max_new_tokens=self.answer_tokens, logprobs=True, **_sampling(temperature))
         texts = [generation.text for generation in made]
         named = [name for name in self.metrics if name != "nll"]
         columns = [METRICS[name].score(texts, passages, self.embedder) for name in named]
@@ -171,8 +185,17 @@ class Letter(Protocol):
     def relay_stop(self, lm: LM) -> Sequence[str]:
         return _BACKGROUND_STOP
 
-    def answer(self, lm: LM, items: Sequence[Item], prompts: Sequence[list[int]], placed: PlacedCache) -> list[Outcome]:
-        made = lm.generate(prompts, placed, max_new_tokens=LETTER_TOKENS, logprobs=True, stop=())
+    def answer(
+        self,
+        lm: LM,
+        items: Sequence[Item],
+        prompts: Sequence[list[int]],
+        placed: PlacedCache,
+        temperature: float = 0.0,
+    ) -> list[Outcome]:
+        made = lm.generate(
+            prompts, placed, max_new_tokens=LETTER_TOKENS, logprobs=True, stop=(), **_sampling(temperature)
+        )
         outcomes = []
         for item, generation in zip(items, made, strict=True):
             assert isinstance(item, Choice)
@@ -215,7 +238,14 @@ class Likelihood(Protocol):
     def relay_stop(self, lm: LM) -> Sequence[str]:
         return _BACKGROUND_STOP
 
-    def answer(self, lm: LM, items: Sequence[Item], prompts: Sequence[list[int]], placed: PlacedCache) -> list[Outcome]:
+    def answer(
+        self,
+        lm: LM,
+        items: Sequence[Item],
+        prompts: Sequence[list[int]],
+        placed: PlacedCache,
+        temperature: float = 0.0,
+    ) -> list[Outcome]:
         choices = [item for item in items if isinstance(item, Choice)]
         rows = [(row, self._continuation(lm, choice)) for row, item in enumerate(choices) for choice in item.choices]
         found = iter(_likelihoods(lm, prompts, placed, rows))
@@ -260,6 +290,10 @@ def protocol_for(
     if metrics and set(metrics) - set(made.metrics):
         raise InputError(f"no metric {metrics[0]!r} in the protocol {name}; there are {', '.join(made.metrics)}")
     return made
+
+
+def _sampling(temperature: float) -> dict[str, Any]:
+    return {"do_sample": True, "temperature": temperature} if temperature else {}
 
 
 def _begun(lm: LM, text: str) -> list[int]:

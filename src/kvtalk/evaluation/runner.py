@@ -138,7 +138,7 @@ def rescore(
         ):
             record.scores[name] = round(score, 4)
     manifest["metrics"] = list(dict.fromkeys([*manifest["metrics"], *names]))
-    manifest["embedder"] = embedder
+    manifest["embedder"] = Path(embedder).name if Path(embedder).is_dir() else embedder
     with saving(out / "items.jsonl.gz") as target, gzip.GzipFile(fileobj=target, mode="wb", mtime=0) as packed:
         packed.writelines(_line(record).encode() for record in records)
     _write(out / "manifest.json", _json(manifest))
@@ -213,7 +213,8 @@ def _manifest(
         "arms": [asdict(arm) for arm in arms],
         "max_new_tokens": protocol.task.max_new_tokens,
         "relay_tokens": settings.relay_tokens,
-        "decoding": "greedy",
+        "decoding": f"sampled at {settings.temperature:g}" if settings.temperature else "greedy",
+        "seed": settings.seed,
         "batch": settings.batch,
         "dtype": str(lm.spec.dtype),
         "device": torch.cuda.get_device_name(lm.device) if lm.device.type == "cuda" else platform.processor() or "cpu",
@@ -226,7 +227,18 @@ def _manifest(
     }
 
 
-_FIXED = ("task", "sharer", "receiver", "prompt", "items", "max_new_tokens", "relay_tokens", "dtype")
+_FIXED = (
+    "task",
+    "sharer",
+    "receiver",
+    "prompt",
+    "items",
+    "max_new_tokens",
+    "relay_tokens",
+    "dtype",
+    "decoding",
+    "seed",
+)
 
 
 def _claim(file: Path, manifest: dict[str, Any]) -> None:

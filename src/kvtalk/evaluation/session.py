@@ -73,16 +73,16 @@ class Run:
         protocol: how the questions are asked.
         items: the questions.
         arms: the ways to answer.
-        batch: items at a time, or None for the device's own.
-        relay_tokens: length of a relayed text.
+        settings: how it is carried out, but for the batch.
+        batch: items at a time, or None for what suits the device.
         time_items: how many items to time one by one.
     """
 
     protocol: Protocol
     items: Sequence[Item]
     arms: Sequence[Arm]
+    settings: Settings
     batch: int | None
-    relay_tokens: int
     time_items: int
 
 
@@ -91,8 +91,8 @@ def prepare(
     kinds: Sequence[str],
     ways: Sequence[str],
     controlled: Sequence[str] | None,
+    settings: Settings,
     batch: int | None,
-    relay_tokens: int,
     time_items: int,
 ) -> Run:
     """Check everything that can be checked without a model.
@@ -101,10 +101,10 @@ def prepare(
         KVTalkError: an unknown task, arm, metric, protocol or plan, or unusable data.
     """
     protocol = asked.protocol_used()
-    arms = make_arms(kinds or DEFAULT_ARMS[protocol.task.has_context], normalized(ways), controlled)
+    arms = make_arms(kinds or DEFAULT_ARMS[protocol.task.has_context], normalized(ways), controlled, settings.seed)
     items = asked.items()
     runner.check_arms(protocol, items, arms)
-    return Run(protocol, items, arms, batch, relay_tokens, time_items)
+    return Run(protocol, items, arms, settings, batch, time_items)
 
 
 def evaluate(console: Console, link: Link, run: Run, out: Path | None) -> None:
@@ -113,9 +113,7 @@ def evaluate(console: Console, link: Link, run: Run, out: Path | None) -> None:
     folder = "+".join(Path(name).name for name in names)
     default = Path("results") / run.protocol.task.name / folder
     out = out or (default if len(run.protocol.task.protocols) == 1 else default / run.protocol.name)
-    settings = replace(Settings.for_device(link.receiver.lm.device), relay_tokens=run.relay_tokens)
-    if run.batch is not None:
-        settings = replace(settings, batch=run.batch)
+    settings = replace(run.settings, batch=run.batch or Settings.for_device(link.receiver.lm.device).batch)
     runner.run(link, run.protocol, run.items, run.arms, out, settings)
     if run.time_items:
         time_arms(link, run.protocol, run.items[: run.time_items], run.arms, settings, out)

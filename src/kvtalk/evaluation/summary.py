@@ -6,6 +6,7 @@ import gzip
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from math import log
 from pathlib import Path
 from typing import Any
 
@@ -187,14 +188,19 @@ def _columns(records: Iterable[Record], arms: Sequence[Arm], metrics: Sequence[s
 
 
 def _control(arm: Arm, arms: Sequence[Arm], columns: Mapping[str, Mapping[str, list[Any]]], lead: str) -> str | None:
-    """The best destroyed cache: of the arm's own way if it was run, else of the best way that was."""
+    """The better destroyed cache of the arm's own way, or of the way nearest to it in bytes whose controls were run."""
     if arm.kind not in ("cache", "self"):
         return None
-    for same_way in (True, False):
-        controls = [other for other in arms if other.kind in DESTROYED and (other.way == arm.way or not same_way)]
-        if {other.kind for other in controls} == set(DESTROYED):
-            return max(controls, key=lambda other: sum(columns[other.name][lead])).name
-    return None
+    ways: dict[str, list[str]] = {}
+    for other in arms:
+        if other.kind in DESTROYED:
+            ways.setdefault(other.way, []).append(other.name)
+    ways = {way: names for way, names in ways.items() if len(names) == len(DESTROYED)}
+    if not ways:
+        return None
+    size = sum(columns[arm.name]["bytes"])
+    nearest = min(ways, key=lambda way: (way != arm.way, abs(log(sum(columns[ways[way][0]]["bytes"]) / size))))
+    return max(ways[nearest], key=lambda name: sum(columns[name][lead]))
 
 
 def _difference(ours: Mapping[str, list[Any]], theirs: Mapping[str, list[Any]], metric: str) -> list[float]:

@@ -1,0 +1,99 @@
+"""The tables of README.md and docs/results.md, from the files under results/.
+
+python benchmarks/tables.py [squad|tasks|choice|latency]
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from kvtalk.evaluation import timing
+from kvtalk.evaluation.letters import read_as_published
+from kvtalk.evaluation.summary import figure, read_records, signed
+
+RESULTS = Path("results")
+MODELS = ("gemma3-270m", "smollm2-135m")
+ARMS = {
+    "nothing": "receiver",
+    "another text's cache": "wrong bf16",
+    "its cache with all values zero": "zeroed bf16",
+    "**the context as text**": "text",
+    "a text that the sharer wrote for it": "relay",
+    "its cache, bf16": "cache bf16",
+    "its cache, int8": "cache int8:channel/int8:token before",
+    "its cache, int4, scales per key channel": "cache int4:channel/int4:token before",
+    "its cache, int4, scales per token": "cache int4:token",
+    "its cache, 2 bits": "cache int2:32x1/int2:token before",
+    "its cache, budget 25%": "cache budget=25%",
+    "its cache, budget 10%": "cache budget=10%",
+}
+CONTEXT_TASKS = {"squad": "f1", "hotpotqa": "f1", "narrativeqa": "f1", "countries": "contains"}
+CHOICE_TASKS = ("openbookqa", "arc_challenge", "arc_easy", "mmlu_redux", "ceval")
+
+
+def rows_of(folder: Path) -> dict[str, dict]:
+    """A summary's rows by arm."""
+    return {row["arm"]: row for row in json.loads((folder / "summary.json").read_text("utf-8"))["arms"]}
+
+
+def squad() -> Iterator[str]:
+    """SQuAD, both models, the arms of README.md."""
+    gemma, smollm = (rows_of(RESULTS / "squad" / model) for model in MODELS)
+    yield "| the receiver gets | bytes (Gemma) | Gemma-3-270M F1 | SmolLM2-135M F1 |"
+    yield "| --- | --- | --- | --- |"
+    for title, arm in ARMS.items():
+        cells = [figure("f1", rows[arm]["f1"]) for rows in (gemma, smollm)]
+        yield f"| {title} | {gemma[arm]['bytes']:,} | {cells[0]} | {cells[1]} |"
+
+
+def tasks() -> Iterator[str]:
+    """Every task with a context: the ceiling, the cache, its controls, what the cache bought."""
+    columns = ("receiver", "text", "relay", "cache bf16", "wrong bf16", "zeroed bf16")
+    yield "| task, model | alone | text | relay | cache, bf16 | wrong | zeroed | gain, bf16 | gain, int4 |"
+    yield "| --- " * 9 + "|"
+    for task, metric in CONTEXT_TASKS.items():
+        for model in MODELS:
+            rows = rows_of(RESULTS / task / model)
+            cells = [f"{rows[name][metric][0]:.1f}" for name in columns]
+            gains = [signed(rows[f"cache {plan}"]["gain"]) for plan in ("bf16", "int4:channel/int4:token before")]
+            yield f"| {task}, {model} | {' | '.join([*cells, *gains])} |"
+
+
+def choice() -> Iterator[str]:
+    """Multiple choice, each model alone, both protocols, and on how many items they agree."""
+    yield "| task | model | acc_norm | acc | letter, strict | parsed | letter, C2C's reading | same option |"
+    yield "| --- " * 8 + "|"
+    for task in CHOICE_TASKS:
+        for model in MODELS:
+            weighed, written = (rows_of(RESULTS / task / model / name)["receiver"] for name in ("likelihood", "letter"))
+            cells = [figure("acc_norm", weighed["acc_norm"]), f"{weighed['acc'][0]:.1f}"]
+            cells += [f"{written[name][0]:.1f}" for name in ("acc", "parsed", "acc_published")]
+            yield f"| {task} | {model} | {' | '.join(cells)} | {agreement(task, model):.1f} |"
+
+
+def agreement(task: str, model: str) -> float:
+    """On what share of the items both protocols name the same option, in percent."""
+    named: dict[str, list[str]] = {}
+    for record in read_records(RESULTS / task / model / "likelihood"):
+        named.setdefault(record.id, []).append(record.answer)
+    for record in read_records(RESULTS / task / model / "letter"):
+        named[record.id].append(read_as_published(record.answer))
+    return 100 * sum(a == b for a, b in named.values()) / len(named)
+
+
+def latency() -> Iterator[str]:
+    """One question at a time on the GPU."""
+    phases = (*timing.PHASES, "receiver_first_token", "to_first_token")
+    yield f"| model, arm | {' | '.join(phase.replace('_', ' ') for phase in phases)} |"
+    yield "| --- " * (len(phases) + 1) + "|"
+    for model in ("smollm2-135m",):
+        for arm, row in timing.medians(RESULTS / "latency" / "h200" / model).items():
+            yield f"| {model}, {arm} | {' | '.join(f'{row[phase]:.1f}' if row[phase] else '' for phase in phases)} |"
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:] or ("squad", "tasks", "choice", "latency"):
+        print(*globals()[name](), "", sep="\n")
