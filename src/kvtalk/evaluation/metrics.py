@@ -187,13 +187,11 @@ def _embedder(name: str) -> Any:
 
 def _cosines(predictions: Sequence[str], references: Sequence[Sequence[str]], embedder: str) -> list[float]:
     """The best cosine with any reference, clipped to 0 to 1."""
-    model = _embedder(embedder)
-    flat = [text for group in references for text in group]
-    theirs = model.encode(flat, normalize_embeddings=True, show_progress_bar=False)
-    ours = model.encode(list(predictions), normalize_embeddings=True, show_progress_bar=False)
-    scores, begin = [], 0
-    for vector, group in zip(ours, references, strict=True):
-        best = float((theirs[begin : begin + len(group)] @ vector).max())
+    unique = list(dict.fromkeys([*predictions, *(text for group in references for text in group)]))
+    vectors = _embedder(embedder).encode(unique, normalize_embeddings=True, show_progress_bar=False)
+    place = {text: row for row, text in enumerate(unique)}
+    scores = []
+    for prediction, group in zip(predictions, references, strict=True):
+        best = float((vectors[[place[text] for text in group]] @ vectors[place[prediction]]).max())
         scores.append(max(0.0, min(1.0, best)))
-        begin += len(group)
     return scores
