@@ -1,6 +1,6 @@
 """The tables of README.md and docs/results.md, from the files under results/.
 
-python benchmarks/tables.py [squad|tasks|choice|latency]
+python benchmarks/tables.py [squad|tasks|choice|speed|latency]
 """
 
 from __future__ import annotations
@@ -84,6 +84,18 @@ def agreement(task: str, model: str) -> float:
     return 100 * sum(a == b for a, b in named.values()) / len(named)
 
 
+def speed() -> Iterator[str]:
+    """Items a second with all arms, and what an evaluation takes beyond the model calls."""
+    yield "| machine | items | batch | items a second | seconds / model's seconds | peak memory: one batch, all |"
+    yield "| --- " * 6 + "|"
+    for machine, name in (("H200", "h200"), ("2 CPU cores", "cpu")):
+        found = json.loads((RESULTS / "bench" / f"eval_overhead_{name}.json").read_text())
+        one, every = found["one batch"], found["all"]
+        memory = " and ".join(f"{run['peak_memory_bytes'] / 1e9:.2f} GB" for run in (one, every))
+        figures = f"{every['items']:,} | {every['batch']:,} | {every['items_per_second']:.2f} | {every['ratio']:.2f}"
+        yield f"| {machine} | {figures} | {memory} |"
+
+
 def latency() -> Iterator[str]:
     """One question at a time on the GPU."""
     phases = (*timing.PHASES, "receiver_first_token", "to_first_token")
@@ -95,5 +107,5 @@ def latency() -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:] or ("squad", "tasks", "choice", "latency"):
+    for name in sys.argv[1:] or ("squad", "tasks", "choice", "speed", "latency"):
         print(*globals()[name](), "", sep="\n")

@@ -21,7 +21,7 @@ from kvtalk.evaluation.summary import figure, label, read_records, signed, table
 from kvtalk.planning import Plan
 from kvtalk.transport.file import saving
 
-SHOWN_ARMS = 9
+SHOWN_ARMS = 10
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,8 @@ def verdict(run: Run) -> str:
     if not gained:
         return "Wrong and zeroed caches were not run, so nothing here says what the cache bought."
     most = max(gained, key=lambda row: row["bytes"])  # not the best of them, which would be a choice after the fact
-    floors = {kind: max((row[run.lead][0] for row in rows if row["kind"] == kind), default=None) for kind in DESTROYED}
+    way = most["control"].partition(" ")[2]
+    floors = {row["kind"]: row[run.lead][0] for row in rows if row["kind"] in DESTROYED and row["plan"] == way}
     text = next((f" The context as text gives {row[run.lead][0]:.1f}." for row in rows if row["kind"] == "text"), "")
     bought = "bought" if most["gain"][1] > 0 else "did not demonstrably buy anything:"
     return (
