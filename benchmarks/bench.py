@@ -40,7 +40,7 @@ QUESTION = "What did the writer of this text see first?"
 
 def text_of(lm: LM, tokens: int) -> str:
     """About that many tokens of plain text."""
-    from kvtalk.evaluation.items import unrelated_text
+    from kvtalk.evaluation.data import unrelated_text
 
     ids = lm.encode(unrelated_text("x" * tokens * 8))[:tokens]
     return str(lm.tokenizer.decode(ids))
