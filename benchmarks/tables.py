@@ -30,6 +30,7 @@ ARMS = {
     "its cache, budget 25%": "cache budget=25%",
     "its cache, budget 10%": "cache budget=10%",
 }
+PACKED = ("cache int8:channel/int8:token before", "cache int4:channel/int4:token before")
 CONTEXT_TASKS = {"squad": "f1", "hotpotqa": "f1", "narrativeqa": "f1", "countries": "contains"}
 CHOICE_TASKS = ("openbookqa", "arc_challenge", "arc_easy", "mmlu_redux", "ceval")
 
@@ -50,38 +51,39 @@ def squad() -> Iterator[str]:
 
 
 def tasks() -> Iterator[str]:
-    """Every task with a context: the ceiling, the cache, its controls, what the cache bought."""
-    columns = ("receiver", "text", "relay", "cache bf16", "wrong bf16", "zeroed bf16")
-    yield "| task, model | alone | text | relay | cache, bf16 | wrong | zeroed | gain, bf16 | gain, int4 |"
-    yield "| --- " * 9 + "|"
+    """Every task with a context: the ceiling, the cache in three codecs, its controls, what it bought."""
+    columns = ("receiver", "text", "relay", "cache bf16", *PACKED, "wrong bf16", "zeroed bf16")
+    yield "| task, model | alone | text | relay | cache, bf16 | int8 | int4 | wrong | zeroed | gain, bf16 |"
+    yield "| --- " * 10 + "|"
     for task, metric in CONTEXT_TASKS.items():
         for model in MODELS:
             rows = rows_of(RESULTS / task / model)
             cells = [f"{rows[name][metric][0]:.1f}" for name in columns]
-            gains = [signed(rows[f"cache {plan}"]["gain"]) for plan in ("bf16", "int4:channel/int4:token before")]
-            yield f"| {task}, {model} | {' | '.join([*cells, *gains])} |"
+            yield f"| {task}, {model} | {' | '.join(cells)} | {signed(rows['cache bf16']['gain'])} |"
 
 
 def choice() -> Iterator[str]:
-    """Multiple choice, each model alone, both protocols, and on how many items they agree."""
-    yield "| task | model | acc_norm | acc | letter, strict | parsed | letter, C2C's reading | same option |"
-    yield "| --- " * 8 + "|"
+    """Multiple choice, each model alone, both protocols, and how often they name the same option."""
+    yield "| task | model | acc_norm | acc | letter, strict | found | letter, C2C's reading | found | same option |"
+    yield "| --- " * 9 + "|"
     for task in CHOICE_TASKS:
         for model in MODELS:
             weighed, written = (rows_of(RESULTS / task / model / name)["receiver"] for name in ("likelihood", "letter"))
+            found, same = agreement(task, model)
             cells = [figure("acc_norm", weighed["acc_norm"]), f"{weighed['acc'][0]:.1f}"]
             cells += [f"{written[name][0]:.1f}" for name in ("acc", "parsed", "acc_published")]
-            yield f"| {task} | {model} | {' | '.join(cells)} | {agreement(task, model):.1f} |"
+            yield f"| {task} | {model} | {' | '.join(cells)} | {found:.1f} | {same:.1f} |"
 
 
-def agreement(task: str, model: str) -> float:
-    """On what share of the items both protocols name the same option, in percent."""
+def agreement(task: str, model: str) -> tuple[float, float]:
+    """Percent of items in which C2C's reading finds a letter, and of these, where it is the likeliest option's."""
     named: dict[str, list[str]] = {}
     for record in read_records(RESULTS / task / model / "likelihood"):
         named.setdefault(record.id, []).append(record.answer)
     for record in read_records(RESULTS / task / model / "letter"):
         named[record.id].append(read_as_published(record.answer))
-    return 100 * sum(a == b for a, b in named.values()) / len(named)
+    both = [pair for pair in named.values() if pair[1]]
+    return 100 * len(both) / len(named), 100 * sum(a == b for a, b in both) / len(both)
 
 
 def speed() -> Iterator[str]:

@@ -9,20 +9,21 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from conftest import tiny_lm
 from kvtalk import Link, Plan
 from kvtalk.errors import InputError, KVTalkError
-from kvtalk.evaluation import report, timing
+from kvtalk.evaluation import folder, report, timing
 from kvtalk.evaluation.arms import KINDS, Arm, make_arms
 from kvtalk.evaluation.batch import Batch, Settings
 from kvtalk.evaluation.curve import DEFAULT_PLANS, controlled, grid, normalized, pareto
 from kvtalk.evaluation.data import Choice, Item, samples
-from kvtalk.evaluation.picture import floor
 from kvtalk.evaluation.protocols import protocol_for
 from kvtalk.evaluation.runner import recompute, rescore, run
-from kvtalk.evaluation.summary import Record, read_records, route, summarize, table
+from kvtalk.evaluation.summary import Record, floor, read_records, route, summarize, table
 from kvtalk.evaluation.tasks import task_named
+from kvtalk.models import LM
 
 WAYS = ("fp16", "int4:token/int4:token value_norm@50%")
 FREE = protocol_for(replace(task_named("invented"), max_new_tokens=6), metrics=("f1", "em", "contains", "nll"))
@@ -130,6 +131,7 @@ def test_a_batch_answers_like_single_items(finished: Path, tmp_path: Path) -> No
     for arm, records in alone.items():
         for key, record in records.items():
             assert record.scores["nll"] == pytest.approx(together[arm][key].scores["nll"], abs=2e-3), arm
+            assert record.confidence == pytest.approx(together[arm][key].confidence, abs=2e-3), arm
             assert (record.bytes, record.plan) == (together[arm][key].bytes, together[arm][key].plan)
 
 
@@ -174,7 +176,7 @@ def test_routing_takes_the_more_confident_answer(finished: Path) -> None:
 def test_manifest_names_everything_that_a_reader_needs(finished: Path) -> None:
     manifest = json.loads((finished / "manifest.json").read_text())
     wanted = {"command", "task", "sharer", "receiver", "prompt", "items", "arms", "metrics", "dtype", "device"}
-    assert wanted | {"versions", "decoding", "relay_tokens", "started"} <= set(manifest)
+    assert wanted | {"versions", "decoding", "seed", "answer_tokens", "relay_tokens", "started"} <= set(manifest)
     assert manifest["items"]["count"] == 5
     assert len(manifest["sharer"]["weights"]) == 16
 
@@ -186,7 +188,7 @@ def test_summary_can_be_recomputed_and_an_unfinished_run_cannot(finished: Path, 
     rows = {row["arm"]: row for row in json.loads(before)["arms"]}
     assert rows["cache fp16"]["control"] in ("wrong fp16", "zeroed fp16")
     assert {"gain", "gain_p", "minus_text"} <= set(rows["cache fp16"])
-    assert rows["cache budget=20%"]["control"].endswith("fp16")
+    assert "gain" not in rows["cache budget=20%"]  # its controls were not run
     with pytest.raises(InputError, match="no run"):
         recompute(tmp_path)
     shutil.copy(finished / "manifest.json", tmp_path)
@@ -258,6 +260,7 @@ def test_another_run_in_the_folder_is_refused_and_the_same_one_is_done(finished:
         (lambda: run(link(), FREE, few(4), arms, out, SETTINGS), "items differ"),
         (lambda: run(link(), FREE, few(), arms[:3], out, SETTINGS), "arms differ"),
         (lambda: run(Link(tiny_lm("llama"), tiny_lm("llama")), FREE, few(), arms, out, SETTINGS), "sharer, receiver"),
+        (lambda: run(link(), FREE, few(), arms, out, replace(SETTINGS, seed=1)), "seed differ"),
     ):
         with pytest.raises(InputError, match=words):
             other()
@@ -286,6 +289,60 @@ def test_metrics_of_words_are_added_without_a_model(finished: Path, tmp_path: Pa
     assert summary["metrics"] == ["f1", "em", "contains", "nll", "kvcomm", "coherence_published"]
     with pytest.raises(InputError, match="other items"):
         rescore(out, FREE, few(4), ["kvcomm"], "")
+
+
+def test_added_metrics_and_added_arms_do_not_mix(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "copy"
+    shutil.copytree(finished, out)
+    rescore(out, FREE, few(), ["kvcomm"], "")
+    with pytest.raises(InputError, match="metrics differ"):
+        run(link(), FREE, few(), make_arms(KINDS, [*WAYS, "budget=20%", "int8"], WAYS[:1]), out, SETTINGS)
+    (out / "items.partial.jsonl").write_text("")
+    with pytest.raises(InputError, match="not finished"):
+        rescore(out, FREE, few(), ["kvcomm"], "")
+
+
+def test_two_processes_do_not_share_a_folder(finished: Path) -> None:
+    manifest = json.loads((finished / "manifest.json").read_text())
+    with folder.claimed(finished, manifest), pytest.raises(InputError, match="another process"):
+        run(link(), FREE, few(), make_arms(KINDS, [*WAYS, "budget=20%"], WAYS[:1]), finished, SETTINGS)
+
+
+def test_items_that_are_too_long_are_left_out_and_named(tmp_path: Path) -> None:
+    long = few()[0].model_copy(update={"id": "long", "context": "x" * 2000})
+    run(link(), FREE, [*few(), long], make_arms(["receiver", "text"]), tmp_path, SETTINGS)
+    assert json.loads((tmp_path / "manifest.json").read_text())["items"]["left_out"] == ["long"]
+    assert len(list(read_records(tmp_path))) == 10
+    with pytest.raises(InputError, match="every item is longer"):
+        run(link(), FREE, [long], make_arms(["receiver"]), tmp_path / "none", SETTINGS)
+
+
+def test_another_models_cache_is_refused_before_anything_is_asked(tmp_path: Path) -> None:
+    pair = Link(tiny_lm("llama"), tiny_lm("gemma3"))
+    with pytest.raises(InputError, match="does not fit gemma3.*use the arms receiver, sharer, text, relay"):
+        run(pair, FREE, few(), make_arms(["receiver", "cache"]), tmp_path, SETTINGS)
+    run(pair, FREE, few(), make_arms(["receiver", "sharer", "text", "relay", "routing"]), tmp_path, SETTINGS)
+
+
+def test_nan_is_no_score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    protocol = protocol_for(task_named("arc_easy"), "likelihood")
+    monkeypatch.setattr(LM, "logits", lambda self, rows, placed, keep=0: torch.full((len(rows), 8, 258), torch.nan))
+    with pytest.raises(InputError, match="gives NaN or infinity in torch.float32 for item"):
+        run(link(), protocol, choices(), make_arms(["receiver"]), tmp_path, SETTINGS)
+
+
+def test_a_damaged_file_of_answers_says_so(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "copy"
+    shutil.copytree(finished, out)
+    (out / "items.jsonl.gz").write_bytes((out / "items.jsonl.gz").read_bytes()[:-30])
+    with pytest.raises(InputError, match="damaged"):
+        recompute(out)
+    (out / "summary.json").write_text("{}")
+    with pytest.raises(InputError, match="not finished"):
+        report.write([out], tmp_path / "report.html", "")
+    (out / "manifest.json").write_text("[]")
+    with pytest.raises(InputError, match="no run"):
+        recompute(out)
 
 
 def test_letters_and_likelihoods_of_options(tmp_path: Path) -> None:

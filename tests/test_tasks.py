@@ -184,6 +184,9 @@ def test_files_that_are_no_files_of_rows(tmp_path: Path) -> None:
     (tmp_path / "choice.jsonl").write_text(json.dumps(choice) + "\n")
     with pytest.raises(InputError, match="answer 2 of 2 choices"):
         TASKS["openbookqa"].load(tmp_path / "choice.jsonl")
+    (tmp_path / "blank.jsonl").write_text(json.dumps({**choice, "answer": 1, "choices": ["a", ""]}) + "\n")
+    with pytest.raises(InputError, match="line 1: choices.1"):
+        TASKS["openbookqa"].load(tmp_path / "blank.jsonl")
     twice = json.dumps({**choice, "answer": 1}) + "\n"
     (tmp_path / "twice.jsonl").write_text(twice * 2)
     with pytest.raises(InputError, match="same id"):
@@ -278,6 +281,8 @@ def test_a_metric_whose_extra_is_not_installed_names_the_extra(monkeypatch: pyte
         check_metrics(["relevance"])
     with pytest.raises(InputError, match="no metric 'bleu'; there are f1, em"):
         check_metrics(["bleu"])
+    with pytest.raises(InputError, match="nll cannot lead"):
+        check_metrics(["nll", "f1"])
     metrics._rouge.cache_clear()
     monkeypatch.setitem(__import__("sys").modules, "rouge_score.rouge_scorer", None)
     with pytest.raises(InputError, match=r"rouge_l needs rouge_score: pip install 'kvtalk\[eval\]'"):
@@ -302,6 +307,10 @@ def test_a_metric_whose_extra_is_not_installed_names_the_extra(monkeypatch: pyte
         ("It may be C or so", "", "C"),
         ("", "", ""),
         ("2 + 2 = D", "", ""),
+        ("A, B or C", "", "C"),
+        ("A.B.C.D", "", "D"),
+        ("B: because", "B", "B"),
+        ("The answer is C\nas I said", "C", "C"),
     ],
 )
 def test_letters_are_read_strictly_and_as_published(text: str, strict: str, published: str) -> None:

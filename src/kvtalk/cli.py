@@ -71,7 +71,11 @@ ReceiverOption = Annotated[
 
 TaskOption = Annotated[str, typer.Option("--task", "-t", help="Name of the task; an unknown one lists them.")]
 ArmsOption = Annotated[
-    str | None, typer.Option("--arms", help="Comma-separated; by default receiver,text,cache,wrong,zeroed.")
+    str | None,
+    typer.Option(
+        "--arms",
+        help="Comma-separated; by default receiver,text,cache,wrong,zeroed, for multiple choice receiver,sharer.",
+    ),
 ]
 ProtocolOption = Annotated[
     str | None, typer.Option(help="letter or likelihood for multiple choice; by default the task's first.")

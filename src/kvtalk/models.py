@@ -259,6 +259,7 @@ class LM:
     def _generation(self, row: int, ids: list[int], watch: _Watch, end: float) -> Generation:
         stops = set(self._end_ids())
         kept = next((i + 1 for i, token in enumerate(ids) if token in stops), len(ids))
+        kept = min(kept, watch.stopped.get(row, kept))  # what follows a stop string is padding
         text = self.tokenizer.decode(ids[:kept], skip_special_tokens=True)
         for stop in watch.stop:
             text = text.split(stop)[0]
@@ -307,7 +308,7 @@ class LM:
 
 
 class _Watch(StoppingCriteria):  # type: ignore[misc]
-    """Notes when the first token is there and how probable each one was, and stops rows that reach a stop string.
+    """Notes when the first token is there, how probable each one was, and where a row reached a stop string.
 
     `transformers`' own stop strings prepare a table over the whole vocabulary first, seconds for 262k tokens. Here
     only the last tokens are looked at, as many as a stop string has bytes: it cannot end later without being seen.
@@ -319,6 +320,7 @@ class _Watch(StoppingCriteria):  # type: ignore[misc]
         self.stops: dict[tuple[int, ...], bool] = {}
         self.started = 0.0
         self.first_token: float | None = None
+        self.stopped: dict[int, int] = {}
         self.logprobs: list[list[float]] = []
         self._logits: Tensor | None = None
 
@@ -338,7 +340,10 @@ class _Watch(StoppingCriteria):  # type: ignore[misc]
         if self._logits is not None:
             chosen = self._logits.gather(1, input_ids[:, -1:])[:, 0].float()
             self.logprobs.append((chosen - self._logits.float().logsumexp(dim=1)).tolist())
-        done = [self._stops(tuple(row)) if self.stop else False for row in last]
+        done = [bool(self.stop) and (row in self.stopped or self._stops(tuple(ids))) for row, ids in enumerate(last)]
+        for row, ended in enumerate(done):
+            if ended:
+                self.stopped.setdefault(row, input_ids.shape[1] - self.prompt_tokens)
         return torch.tensor(done, device=input_ids.device)
 
     def _stops(self, tokens: tuple[int, ...]) -> bool:

@@ -50,6 +50,11 @@ EXAMPLES = PromptFormat(_EXAMPLES + "Text: ", "\nQuestion: ", "\nAnswer:", ("\n"
 """Two worked examples first, so that small and base models answer in a few words."""
 
 
+def has_chat_template(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer knows how a conversation is written."""
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
 def render(tokenizer: PreTrainedTokenizerBase, turns: Sequence[str]) -> str:
     """A conversation up to where the model speaks, without a thinking phase where there is one.
 
@@ -57,7 +62,7 @@ def render(tokenizer: PreTrainedTokenizerBase, turns: Sequence[str]) -> str:
         tokenizer: its chat template is used if it has one; otherwise the turns stand one after the other.
         turns: user, assistant, user and so on; the last is the user's.
     """
-    if not getattr(tokenizer, "chat_template", None):
+    if not has_chat_template(tokenizer):
         return "\n\n".join(turns)
     roles = ("user", "assistant")
     text = str(
@@ -83,4 +88,4 @@ def chat_format(tokenizer: PreTrainedTokenizerBase) -> PromptFormat:
 
 def default_format(tokenizer: PreTrainedTokenizerBase) -> PromptFormat:
     """The chat template where there is one, otherwise worked examples."""
-    return chat_format(tokenizer) if getattr(tokenizer, "chat_template", None) else EXAMPLES
+    return chat_format(tokenizer) if has_chat_template(tokenizer) else EXAMPLES

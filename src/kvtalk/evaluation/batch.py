@@ -141,7 +141,9 @@ class Batch:
         key = id(sharer.lm)
         if key not in self._reads:
             own = [text for text in self._contexts if text is not None]
-            self._reads[key] = _Read(sharer, list(dict.fromkeys([*own, *(self.following[text] for text in own)])))
+            self._reads[key] = _Read(
+                sharer, list(dict.fromkeys([*own, *(self.following.get(text, text) for text in own)]))
+            )
         return self._reads[key]
 
     def _blank(self, side: Receiver, prompts: Sequence[list[int]]) -> PlacedCache:

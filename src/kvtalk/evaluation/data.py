@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -20,6 +20,10 @@ from kvtalk.errors import InputError
 
 ENVIRONMENT = "KVTALK_DATA"
 SUFFIXES = (".jsonl", ".jsonl.gz")
+
+
+Text = Annotated[str, Field(pattern=r"\S")]
+"""With something in it besides spaces."""
 
 
 class Item(BaseModel):
@@ -33,7 +37,7 @@ class Item(BaseModel):
     model_config = ConfigDict(frozen=True, extra="allow")
 
     id: str
-    question: str = Field(min_length=1)
+    question: Text
 
 
 class Passage(Item):
@@ -44,7 +48,7 @@ class Passage(Item):
         answers: accepted answers.
     """
 
-    context: str = Field(min_length=1)
+    context: Text
     answers: list[str] = Field(min_length=1)
 
 
@@ -57,7 +61,7 @@ class Choice(Item):
         subject: what it is about, where the set says so.
     """
 
-    choices: list[str] = Field(min_length=2, max_length=26)
+    choices: list[Text] = Field(min_length=2, max_length=26)
     answer: int = Field(ge=0)
     subject: str = ""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 _STRICT = re.compile(
-    r"""\W*(?:(?:the )?(?:correct )?answer(?: is)?\W*)*([A-Z])(?=\s*(?:$|[.,:;)\]*\n"']))""", re.IGNORECASE
+    r"\W*(?:(?:the )?(?:correct )?answer(?: is)?\W*)*([A-Z])(?=\**(?:[.):]+\**(?:\s|$)|\s*(?:\n|$)))", re.IGNORECASE
 )
 _ANNOUNCED = tuple(
     re.compile(rf"{words}\s*(.*)", re.IGNORECASE)
@@ -35,7 +35,10 @@ _ANSWER_WORDS = ("answer", "choice", "option", "response", "correct")
 
 
 def read_strictly(text: str, choices: int) -> str:
-    """The letter that an answer begins with, maybe after "the correct answer is"; empty if it is no option's."""
+    """The letter that an answer begins with, maybe after "the correct answer is"; empty if it is no option's.
+
+    After it must come the end, a new line, or a full stop, colon or bracket and a space.
+    """
     match = _STRICT.match(text)
     letter = match[1] if match else ""
     return letter if letter.isupper() and ord(letter) - 65 < choices else ""
@@ -44,7 +47,7 @@ def read_strictly(text: str, choices: int) -> str:
 def read_as_published(text: str) -> str:
     """The letter that C2C's evaluation reads (thu-nics/C2C, `extract_answer_from_content`, less its Swahili words).
 
-    It finds one nearly always: a model that only repeats the format, "A/B/C/D", is taken to have answered A.
+    A model that only repeats the format, "The correct answer is A/B/C/D", is taken to have answered A.
     """
     text = text.strip()
     for pattern in _ANNOUNCED:

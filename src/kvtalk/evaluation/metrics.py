@@ -135,6 +135,8 @@ def check_metrics(names: Sequence[str]) -> None:
     for name in names:
         if name not in METRICS and name != "nll":
             raise InputError(f"no metric {name!r}; there are {', '.join([*METRICS, 'nll'])}")
+    if names and names[0] == "nll":
+        raise InputError("nll cannot lead, it is better when lower: put another metric first, such as f1,nll")
     if "rouge_l" in names:
         _rouge()
     if "relevance" in names or "relevance_published" in names:

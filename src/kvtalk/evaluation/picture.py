@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from kvtalk.errors import InputError
-from kvtalk.evaluation.arms import DESTROYED
 from kvtalk.evaluation.curve import pareto
+from kvtalk.evaluation.summary import floor
 
 _COLOURS = ("#3b6fb6", "#c8553d", "#4f9d69", "#8d6cab")
 
@@ -53,12 +53,6 @@ def draw(runs: Mapping[str, Sequence[Mapping[str, Any]]], file: Path, title: str
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file)
-
-
-def floor(rows: Sequence[Mapping[str, Any]], metric: str) -> tuple[float, float] | None:
-    """What destroyed caches score: from the least to the greatest end of their intervals; None without any."""
-    controls = [row[metric] for row in rows if row["kind"] in DESTROYED]
-    return (min(low for _, low, _ in controls), max(high for _, _, high in controls)) if controls else None
 
 
 def _points(axes: Any, rows: Sequence[Mapping[str, Any]], metric: str, colour: str, label: str, marker: str) -> None:

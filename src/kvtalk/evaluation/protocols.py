@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -19,7 +19,7 @@ from kvtalk.link import Receiver
 from kvtalk.loading import bos
 from kvtalk.models import LM
 from kvtalk.placement import PlacedCache
-from kvtalk.prompts import render
+from kvtalk.prompts import has_chat_template, render
 
 LETTER_TOKENS = 64
 """As C2C."""
@@ -70,6 +70,10 @@ class Protocol(ABC):
     def answer_tokens(self) -> int:
         """How many tokens the model may write."""
 
+    @abstractmethod
+    def prompt_facts(self, lm: LM) -> dict[str, Any]:
+        """Every text that goes around a question, for the manifest."""
+
     @property
     def room(self) -> int:
         """Columns to reserve for an answer, its own or an accepted one."""
@@ -82,6 +86,10 @@ class Protocol(ABC):
     @abstractmethod
     def relay_prompt(self, side: Receiver, item: Item) -> list[int]:
         """Tokens that ask a sharer to write down what helps."""
+
+    def answer_stop(self, lm: LM) -> Sequence[str]:
+        """What ends an answer besides the model's own end of text."""
+        return ()
 
     @abstractmethod
     def relay_stop(self, lm: LM) -> Sequence[str]:
@@ -118,12 +126,18 @@ class Free(Protocol):
     def answer_tokens(self) -> int:
         return self.task.max_new_tokens
 
+    def prompt_facts(self, lm: LM) -> dict[str, Any]:
+        return {**asdict(lm.prompt), "relay": RELAY_QUESTION}
+
     def prompt(self, side: Receiver, item: Item, background: str | None) -> list[int]:
         return (side.lm.encode(background) if background else []) + side.prompt(item.question)
 
     def relay_prompt(self, side: Receiver, item: Item) -> list[int]:
         assert isinstance(item, Passage)
         return side.lm.encode(item.context) + side.prompt(RELAY_QUESTION.format(question=item.question))
+
+    def answer_stop(self, lm: LM) -> Sequence[str]:
+        return lm.prompt.stop
 
     def relay_stop(self, lm: LM) -> Sequence[str]:
         return lm.prompt.stop
@@ -142,6 +156,8 @@ class Free(Protocol):
         texts = [generation.text for generation in made]
         named = [name for name in self.metrics if name != "nll"]
         columns = [METRICS[name].score(texts, passages, self.embedder) for name in named]
+        for item, nll in zip(passages, nlls, strict=True):
+            _check_finite(lm, item, torch.tensor(nll))
         return [
             Outcome(
                 texts[row],
@@ -172,6 +188,9 @@ class Letter(Protocol):
     def answer_tokens(self) -> int:
         return LETTER_TOKENS
 
+    def prompt_facts(self, lm: LM) -> dict[str, Any]:
+        return {"question": LETTER_PROMPT, "relay": BACKGROUND_PROMPT, "chat": has_chat_template(lm.tokenizer)}
+
     def prompt(self, side: Receiver, item: Item, background: str | None) -> list[int]:
         assert isinstance(item, Choice)
         turns = [LETTER_PROMPT.format(question=item.question, choices=options(item))]
@@ -194,7 +213,12 @@ class Letter(Protocol):
         temperature: float = 0.0,
     ) -> list[Outcome]:
         made = lm.generate(
-            prompts, placed, max_new_tokens=LETTER_TOKENS, logprobs=True, stop=(), **_sampling(temperature)
+            prompts,
+            placed,
+            max_new_tokens=LETTER_TOKENS,
+            logprobs=True,
+            stop=self.answer_stop(lm),
+            **_sampling(temperature),
         )
         outcomes = []
         for item, generation in zip(items, made, strict=True):
@@ -225,7 +249,11 @@ class Likelihood(Protocol):
 
     @property
     def answer_tokens(self) -> int:
-        return 1
+        return 0
+
+    def prompt_facts(self, lm: LM) -> dict[str, Any]:
+        texts = [*self.task.question_prompt, self.task.option_prefix]
+        return {"question": texts, "relay": BACKGROUND_PROMPT, "chat": has_chat_template(lm.tokenizer)}
 
     def prompt(self, side: Receiver, item: Item, background: str | None) -> list[int]:
         before, after = self.task.question_prompt
@@ -252,6 +280,7 @@ class Likelihood(Protocol):
         outcomes = []
         for item in choices:
             sums = torch.tensor([next(found) for _ in item.choices], dtype=torch.float64)
+            _check_finite(lm, item, sums)
             normal = sums / torch.tensor([float(len(choice)) for choice in item.choices])
             best, best_raw = int(normal.argmax()), int(sums.argmax())
             scores = {"acc_norm": float(best == item.answer), "acc": float(best_raw == item.answer)}
@@ -290,6 +319,11 @@ def protocol_for(
     if metrics and set(metrics) - set(made.metrics):
         raise InputError(f"no metric {metrics[0]!r} in the protocol {name}; there are {', '.join(made.metrics)}")
     return made
+
+
+def _check_finite(lm: LM, item: Item, scores: Tensor) -> None:
+    if not bool(torch.isfinite(scores).all()):
+        raise InputError(f"{lm.name} gives NaN or infinity in {lm.spec.dtype} for item {item.id}: use another --dtype")
 
 
 def _sampling(temperature: float) -> dict[str, Any]:

@@ -14,10 +14,9 @@ from kvtalk.errors import InputError
 from kvtalk.evaluation import timing
 from kvtalk.evaluation.arms import ABOUT, DESTROYED, KINDS, TRANSFERS
 from kvtalk.evaluation.curve import pareto
+from kvtalk.evaluation.folder import read_manifest
 from kvtalk.evaluation.metrics import METRICS
-from kvtalk.evaluation.picture import floor
-from kvtalk.evaluation.runner import read_manifest
-from kvtalk.evaluation.summary import figure, label, read_records, signed, table
+from kvtalk.evaluation.summary import figure, floor, label, read_records, signed, table
 from kvtalk.planning import Plan
 from kvtalk.transport.file import saving
 
@@ -110,7 +109,10 @@ def _read(folder: Path) -> Run:
     manifest = read_manifest(folder)
     try:
         summary = json.loads((folder / "summary.json").read_text("utf-8"))
-    except (OSError, ValueError) as error:
+        rows, metrics = summary["arms"], summary["metrics"]
+        if not rows or not metrics:
+            raise ValueError("it is empty")
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{folder}: the run is not finished, there is no summary.json") from error
     return Run(folder, manifest, summary)
 
@@ -140,7 +142,6 @@ def _view(run: Run) -> dict[str, Any]:
         "timings": _timings(run),
         "samples": _samples(run),
         "command": manifest["command"],
-        "note": manifest.get("note", ""),
     }
 
 

@@ -6,18 +6,10 @@ to recompute any figure without a model; a run that is killed goes on where it s
 
 from __future__ import annotations
 
-import gzip
-import json
-import platform
-import sys
-import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -27,22 +19,18 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.progress import (
-    Task as BarTask,
-)
+from rich.progress import Task as BarTask
 from rich.text import Text
 
-import kvtalk
 from kvtalk.errors import InputError
-from kvtalk.evaluation.arms import Arm
+from kvtalk.evaluation import folder
+from kvtalk.evaluation.arms import TRANSFERS, Arm
 from kvtalk.evaluation.batch import Batch, Settings
 from kvtalk.evaluation.data import Item, Passage, digest
+from kvtalk.evaluation.metrics import METRICS
 from kvtalk.evaluation.protocols import Protocol
-from kvtalk.evaluation.summary import Record, plan_from, read_records, route, summarize, write_summary
-from kvtalk.link import Link
-from kvtalk.transport.file import saving
-
-SHOWN_ITEMS = 8
+from kvtalk.evaluation.summary import plan_from, read_records, summarize, write_summary
+from kvtalk.link import Link, Receiver
 
 
 def run(
@@ -54,6 +42,8 @@ def run(
     settings: Settings | None = None,
 ) -> dict[str, Any]:
     """Evaluate and write ``manifest.json``, ``items.jsonl.gz``, ``summary.json`` and ``table.md`` into a folder.
+
+    Items that are longer than a model reads are left out of every arm; the manifest names them.
 
     Args:
         link: sharer and receiver.
@@ -67,39 +57,37 @@ def run(
         the summary.
 
     Raises:
-        InputError: the folder holds another run, or an arm that the task cannot serve.
+        InputError: the folder holds another run, or an arm that the task or the pair of models cannot serve.
     """
     settings = settings or Settings.for_device(link.receiver.lm.device)
+    too_long = {item.id for item in items if not _fits(link, protocol, item, settings)}
+    items = [item for item in items if item.id not in too_long]
+    if not items:
+        raise InputError(f"every item is longer than {link.receiver.lm.name} or {link.sharer.lm.name} reads")
     check_arms(protocol, items, arms)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot write into {out}: {error.strerror}") from error
-    manifest = _manifest(link, protocol, items, arms, settings)
-    _claim(out / "manifest.json", manifest)
-    _write(out / "sample.json", _sample(protocol, items))
-    log = out / "items.partial.jsonl"
-    if not log.exists():
-        asked_for = (record for record in read_records(out) if record.arm != "routing")
-        _write(log, "".join(map(_line, asked_for)).encode())
-    done = _repair(log)
-    asked = [arm for arm in arms if arm.kind != "routing"]
-    with log.open("a", encoding="utf-8") as file, _bar() as bar:
-        task = bar.add_task("items x arms", total=len(items) * len(asked), completed=len(done))
-        for batch in _batches(link, protocol, items, settings):
-            wanted = [arm for arm in asked if any((item.id, arm.name) not in done for item in batch.items)]
-            for arm in wanted:
-                fresh = [record for record in batch.run(arm) if (record.id, arm.name) not in done]
-                file.writelines(map(_line, fresh))
-                file.flush()
-                bar.advance(task, len(fresh))
-    with saving(out / "items.jsonl.gz") as target, gzip.GzipFile(fileobj=target, mode="wb", mtime=0) as packed:
-        with log.open("rb") as whole:
-            packed.writelines(whole)
-        if any(arm.kind == "routing" for arm in arms):
-            packed.writelines(_line(record).encode() for record in route(_read_log(log)))
-    log.unlink()
-    return recompute(out)
+    theirs, ours = link.sharer.lm.spec.fingerprint, link.receiver.lm.spec.fingerprint
+    if theirs != ours and any(arm.kind in TRANSFERS for arm in arms):
+        raise InputError(
+            f"a cache of {link.sharer.lm.name} does not fit {link.receiver.lm.name} "
+            f"({', '.join(theirs.differences(ours))} differ): use the arms receiver, sharer, text, relay, routing"
+        )
+    manifest = folder.describe(link, protocol, items, sorted(too_long), arms, settings)
+    with folder.claimed(out, manifest):
+        folder.write_sample(out, protocol, items)
+        done = folder.open_log(out)
+        asked = [arm for arm in arms if arm.kind != "routing"]
+        with (out / folder.LOG).open("ab") as file, _bar() as bar:
+            task = bar.add_task("items x arms", total=len(items) * len(asked), completed=len(done))
+            for batch in _batches(link, protocol, items, settings):
+                for arm in asked:
+                    if all((item.id, arm.name) in done for item in batch.items):
+                        continue
+                    fresh = [record for record in batch.run(arm) if (record.id, arm.name) not in done]
+                    file.writelines(map(folder.line, fresh))
+                    file.flush()
+                    bar.advance(task, len(fresh))
+        folder.finish(out, routing=len(asked) < len(arms))
+        return recompute(out)
 
 
 def recompute(out: Path) -> dict[str, Any]:
@@ -108,7 +96,7 @@ def recompute(out: Path) -> dict[str, Any]:
     Raises:
         InputError: there is no finished run in the folder.
     """
-    manifest = read_manifest(out)
+    manifest = folder.read_manifest(out)
     arms = [Arm(**{**arm, "plan": plan_from(arm["plan"])}) for arm in manifest["arms"]]
     summary = summarize(read_records(out), arms, manifest["metrics"], manifest["items"]["count"])
     summary = {"task": manifest["task"], **summary}
@@ -122,55 +110,27 @@ def rescore(
     """Add metrics of the answers' words to a finished run, from its answers and the items, without a model.
 
     Raises:
-        InputError: other items than the run's.
+        InputError: other items than the run's, or a run that is not finished.
     """
-    from kvtalk.evaluation.metrics import METRICS
-
-    manifest = read_manifest(out)
+    manifest = folder.read_manifest(out)
+    if (out / folder.LOG).exists():
+        raise InputError(f"{out}: the run is not finished: give the command of its manifest.json again")
+    left_out = set(manifest["items"].get("left_out", ()))
+    items = [item for item in items if item.id not in left_out]
     if digest(items) != manifest["items"]["xxh3"]:
         raise InputError(f"{out} was run on other items: give the same --task, --data and --limit")
     by_id = {item.id: item for item in items}
     records = list(read_records(out))
     passages = [item for record in records if isinstance(item := by_id[record.id], Passage)]
+    answers = [record.answer for record in records]
     for name in names:
-        for record, score in zip(
-            records, METRICS[name].score([x.answer for x in records], passages, embedder), strict=True
-        ):
+        for record, score in zip(records, METRICS[name].score(answers, passages, embedder), strict=True):
             record.scores[name] = round(score, 4)
     manifest["metrics"] = list(dict.fromkeys([*manifest["metrics"], *names]))
     manifest["embedder"] = Path(embedder).name if Path(embedder).is_dir() else embedder
-    with saving(out / "items.jsonl.gz") as target, gzip.GzipFile(fileobj=target, mode="wb", mtime=0) as packed:
-        packed.writelines(_line(record).encode() for record in records)
-    _write(out / "manifest.json", _json(manifest))
+    folder.write_records(out, map(folder.line, records))
+    folder.write_json(out / "manifest.json", manifest)
     return recompute(out)
-
-
-def read_manifest(out: Path) -> dict[str, Any]:
-    """The manifest of a run.
-
-    Raises:
-        InputError: there is none.
-    """
-    try:
-        manifest = json.loads((out / "manifest.json").read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{out}: no run in this folder ({error})") from error
-    return dict(manifest)
-
-
-def _batches(link: Link, protocol: Protocol, items: Sequence[Item], settings: Settings) -> Iterator[Batch]:
-    """Items of similar length together, those of one context next to each other."""
-    ordered = sorted(items, key=_length)
-    contexts = list(dict.fromkeys(item.context for item in ordered if isinstance(item, Passage)))
-    following = dict(zip(contexts, contexts[1:] + contexts[:1], strict=True))
-    for start in range(0, len(ordered), settings.batch):
-        yield Batch(link, protocol, ordered[start : start + settings.batch], following, settings)
-
-
-def _length(item: Item) -> tuple[int, str, int]:
-    if isinstance(item, Passage):
-        return len(item.context), item.context, len(item.question)
-    return len(item.question), "", sum(map(len, getattr(item, "choices", ())))
 
 
 def check_arms(protocol: Protocol, items: Sequence[Item], arms: Sequence[Arm]) -> None:
@@ -193,121 +153,30 @@ def check_arms(protocol: Protocol, items: Sequence[Item], arms: Sequence[Arm]) -
             )
 
 
-def _manifest(
-    link: Link, protocol: Protocol, items: Sequence[Item], arms: Sequence[Arm], settings: Settings
-) -> dict[str, Any]:
-    lm = link.receiver.lm
-    return {
-        "command": " ".join(["kvtalk", *(f"'{word}'" if " " in word else word for word in sys.argv[1:])]),
-        "task": {
-            "name": protocol.task.name,
-            "title": protocol.task.title,
-            "licence": protocol.task.licence,
-            "protocol": protocol.name,
-        },
-        "sharer": {"name": link.sharer.lm.name, **asdict(link.sharer.lm.spec.fingerprint)},
-        "receiver": {"name": lm.name, **asdict(lm.spec.fingerprint)},
-        "prompt": asdict(lm.prompt),
-        "items": {"count": len(items), "xxh3": digest(items)},
-        "metrics": list(protocol.metrics),
-        "arms": [asdict(arm) for arm in arms],
-        "max_new_tokens": protocol.task.max_new_tokens,
-        "relay_tokens": settings.relay_tokens,
-        "decoding": f"sampled at {settings.temperature:g}" if settings.temperature else "greedy",
-        "seed": settings.seed,
-        "batch": settings.batch,
-        "dtype": str(lm.spec.dtype),
-        "device": torch.cuda.get_device_name(lm.device) if lm.device.type == "cuda" else platform.processor() or "cpu",
-        "versions": {
-            "kvtalk": kvtalk.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
+def _fits(link: Link, protocol: Protocol, item: Item, settings: Settings) -> bool:
+    """Whether both models can read the item as text and write after it."""
+    context = item.context if isinstance(item, Passage) else None
+    for lm in (link.receiver.lm,) if link.sharer.lm is link.receiver.lm else (link.receiver.lm, link.sharer.lm):
+        head = len(lm.head_ids()) if protocol.head else 0
+        prompt = len(protocol.prompt(Receiver(lm), item, context))
+        if head + prompt + max(protocol.room, settings.relay_tokens) > lm.spec.max_positions:
+            return False
+    return True
 
 
-_FIXED = (
-    "task",
-    "sharer",
-    "receiver",
-    "prompt",
-    "items",
-    "max_new_tokens",
-    "relay_tokens",
-    "dtype",
-    "decoding",
-    "seed",
-)
+def _batches(link: Link, protocol: Protocol, items: Sequence[Item], settings: Settings) -> Iterator[Batch]:
+    """Items of similar length together, those of one context next to each other."""
+    ordered = sorted(items, key=_length)
+    contexts = list(dict.fromkeys(item.context for item in ordered if isinstance(item, Passage)))
+    following = dict(zip(contexts, contexts[1:] + contexts[-2:-1], strict=False))
+    for start in range(0, len(ordered), settings.batch):
+        yield Batch(link, protocol, ordered[start : start + settings.batch], following, settings)
 
 
-def _claim(file: Path, manifest: dict[str, Any]) -> None:
-    """Write the manifest, or make sure that the run that is there is this one, maybe with fewer arms.
-
-    A run that gets further arms keeps its answers; what it said about itself before stands under ``earlier``.
-    """
-    if not file.exists():
-        _write(file, _json(manifest))
-        return
-    before, now = read_manifest(file.parent), json.loads(json.dumps(manifest))
-    different = [key for key in _FIXED if before.get(key) != now[key]]
-    if not all(arm in now["arms"] for arm in before["arms"]):
-        different.append("arms")
-    if not set(now["metrics"]) <= set(before["metrics"]):
-        different.append("metrics")
-    if different:
-        raise InputError(
-            f"{file.parent} holds another run ({', '.join(different)} differ): give another --out, or remove it"
-        )
-    if now["arms"] != before["arms"]:
-        about = ("command", "device", "versions", "started")
-        earlier = [*before.get("earlier", ()), {key: before[key] for key in about}]
-        _write(file, _json({**before, **{key: now[key] for key in (*about, "arms")}, "earlier": earlier}))
-
-
-def _sample(protocol: Protocol, items: Sequence[Item]) -> bytes:
-    """A few items for a report; only their ids where the licence wants it so."""
-    step = max(1, len(items) // SHOWN_ITEMS)
-    shown = [item.model_dump() for item in items[::step][:SHOWN_ITEMS]]
-    names = ("id", "context", "question", "answers", "choices", "answer") if protocol.task.open else ("id",)
-    return _json([{name: item[name] for name in names if name in item} for item in shown])
-
-
-def _repair(log: Path) -> set[tuple[str, str]]:
-    """What an interrupted run has done; a line that was cut off is taken out of its log."""
-    done, good = set(), 0
-    with log.open("rb") as file:
-        for line in file:
-            try:
-                record = Record(**json.loads(line))
-            except (ValueError, TypeError):
-                break
-            if not line.endswith(b"\n"):
-                break
-            done.add((record.id, record.arm))
-            good += len(line)
-    with log.open("rb+") as file:
-        file.truncate(good)
-    return done
-
-
-def _read_log(log: Path) -> Iterable[Record]:
-    with log.open("rb") as file:
-        for line in file:
-            yield Record(**json.loads(line))
-
-
-def _line(record: Record) -> str:
-    return json.dumps(asdict(record)) + "\n"  # ASCII, so that no character of an answer ends a line
-
-
-def _json(content: Any) -> bytes:
-    return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
-
-
-def _write(file: Path, content: bytes) -> None:
-    with saving(file) as target:
-        target.write(content)
+def _length(item: Item) -> tuple[int, str, int]:
+    if isinstance(item, Passage):
+        return len(item.context), item.context, len(item.question)
+    return len(item.question), "", sum(map(len, getattr(item, "choices", ())))
 
 
 class _Rate(ProgressColumn):

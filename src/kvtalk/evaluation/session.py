@@ -17,6 +17,7 @@ from kvtalk.evaluation.arms import Arm, make_arms
 from kvtalk.evaluation.batch import Settings
 from kvtalk.evaluation.curve import normalized, pareto
 from kvtalk.evaluation.data import Item
+from kvtalk.evaluation.folder import read_manifest
 from kvtalk.evaluation.metrics import DEFAULT_EMBEDDER, check_metrics
 from kvtalk.evaluation.picture import draw
 from kvtalk.evaluation.protocols import Protocol, protocol_for
@@ -102,6 +103,8 @@ def prepare(
     """
     protocol = asked.protocol_used()
     arms = make_arms(kinds or DEFAULT_ARMS[protocol.task.has_context], normalized(ways), controlled, settings.seed)
+    if time_items and not protocol.answer_tokens:
+        raise InputError(f"the protocol {protocol.name} writes nothing that could be timed: leave --time out")
     items = asked.items()
     runner.check_arms(protocol, items, arms)
     return Run(protocol, items, arms, settings, batch, time_items)
@@ -127,7 +130,7 @@ def redo(console: Console, out: Path, asked: Asked | None) -> None:
         InputError: no finished run, or other items than its own.
     """
     if asked is not None:
-        task = runner.read_manifest(out)["task"]["name"]
+        task = read_manifest(out)["task"]["name"]
         asked = replace(asked, task=task)
         check_metrics(asked.metrics)
         if "nll" in asked.metrics:

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from kvtalk.errors import InputError
 
 DRAWS = 4000
+_BLOCK = 250
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,9 @@ class Interval:
 def bootstrap(values: Sequence[float], seed: int = 0) -> Interval:
     """95% percentile bootstrap of a mean over items; for paired differences give the differences."""
     array = np.asarray(values, dtype=np.float32)
-    means = _counts(len(array), seed) @ array / len(array)
+    counts = _counts(len(array), seed)
+    blocks = [counts[start : start + _BLOCK].astype(np.float32) @ array for start in range(0, DRAWS, _BLOCK)]
+    means = np.concatenate(blocks) / len(array)
     low, high = np.quantile(means, [0.025, 0.975])
     return Interval(float(np.asarray(values, dtype=float).mean()), float(low), float(high))
 
@@ -55,10 +58,10 @@ def mcnemar(ours: Sequence[float], theirs: Sequence[float]) -> float:
 
 
 @lru_cache(maxsize=2)
-def _counts(items: int, seed: int) -> NDArray[np.float32]:
+def _counts(items: int, seed: int) -> NDArray[np.uint8]:
     """How often each draw takes each item, ``[DRAWS, items]``; the same draws for every arm."""
     rng = np.random.default_rng(seed)
-    counts = np.empty((DRAWS, items), dtype=np.float32)
+    counts = np.empty((DRAWS, items), dtype=np.uint8)
     for row in counts:
         row[:] = np.bincount(rng.integers(0, items, items), minlength=items)
     return counts

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import log
 from pathlib import Path
 from typing import Any
 
@@ -58,13 +58,20 @@ class Record:
 
 
 def read_records(out: Path) -> Iterator[Record]:
-    """Every record of a finished run; none if there is none."""
+    """Every record of a finished run; none if there is none.
+
+    Raises:
+        InputError: a damaged file.
+    """
     file = out / "items.jsonl.gz"
     if not file.exists():
         return
-    with gzip.open(file, "rt", encoding="utf-8", newline="\n") as lines:
-        for line in lines:
-            yield Record(**json.loads(line))
+    try:
+        with gzip.open(file, "rt", encoding="utf-8", newline="\n") as lines:
+            for line in lines:
+                yield Record(**json.loads(line))
+    except (OSError, EOFError, zlib.error, ValueError, TypeError) as error:
+        raise InputError(f"{file} is damaged ({error}): run it again into another folder") from error
 
 
 def route(records: Iterable[Record]) -> Iterator[Record]:
@@ -87,8 +94,8 @@ def plan_from(fields: Mapping[str, Any] | None) -> Plan | None:
 def summarize(records: Iterable[Record], arms: Sequence[Arm], metrics: Sequence[str], count: int) -> dict[str, Any]:
     """Figures per arm: means with 95% bootstrap intervals, and paired differences in the leading metric.
 
-    ``gain`` is the figure minus that of the best destroyed cache, wrong or zeroed: what the sharer bought. It stands
-    only where both controls were run.
+    ``gain`` is the figure minus that of the better destroyed cache, wrong or zeroed, sent in the same way: what the
+    sharer bought. It stands only where both were run.
 
     Raises:
         InputError: records are missing.
@@ -102,7 +109,7 @@ def summarize(records: Iterable[Record], arms: Sequence[Arm], metrics: Sequence[
     rows = []
     for arm in arms:
         ours = columns[arm.name]
-        row: dict[str, Any] = {"arm": arm.name, "kind": arm.kind, "plan": _plan(arm), "items": count}
+        row: dict[str, Any] = {"arm": arm.name, "kind": arm.kind, "plan": arm.way, "items": count}
         for metric in metrics:
             row[metric] = _mean(metric, ours[metric])
         row["bytes"] = round(sum(ours["bytes"]) / count)
@@ -126,7 +133,8 @@ def table(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     gains = any("gain" in row for row in summary["arms"])
     texts = any("minus_text" in row for row in summary["arms"])
     head = ["arm", *(label(metric) for metric in metrics), "bytes", "bits/value"]
-    head += ["gain", "McNemar p"] * gains + [f"{label(metrics[0])} - text"] * texts
+    binary = next((label(metric) for metric in metrics if metric in _BINARY), "")
+    head += ["gain", f"McNemar p ({binary})"] * gains + [f"{label(metrics[0])} - text"] * texts
     rows = []
     for row in summary["arms"]:
         cells = [row["arm"], *(figure(metric, row[metric], whole=metric == metrics[0]) for metric in metrics)]
@@ -156,6 +164,12 @@ def signed(interval: Sequence[float] | None) -> str:
 def label(metric: str) -> str:
     """What a metric is called in tables."""
     return METRICS[metric].label if metric in METRICS else _LABELS[metric]
+
+
+def floor(rows: Sequence[Mapping[str, Any]], metric: str) -> tuple[float, float] | None:
+    """What destroyed caches score: from the least to the greatest end of their intervals; None without any."""
+    controls = [row[metric] for row in rows if row["kind"] in DESTROYED]
+    return (min(low for _, low, _ in controls), max(high for _, _, high in controls)) if controls else None
 
 
 def write_summary(out: Path, summary: Mapping[str, Any]) -> None:
@@ -188,19 +202,13 @@ def _columns(records: Iterable[Record], arms: Sequence[Arm], metrics: Sequence[s
 
 
 def _control(arm: Arm, arms: Sequence[Arm], columns: Mapping[str, Mapping[str, list[Any]]], lead: str) -> str | None:
-    """The better destroyed cache of the arm's own way, or of the way nearest to it in bytes whose controls were run."""
+    """The better of the destroyed caches that were sent the same way; None unless both were."""
     if arm.kind not in ("cache", "self"):
         return None
-    ways: dict[str, list[str]] = {}
-    for other in arms:
-        if other.kind in DESTROYED:
-            ways.setdefault(other.way, []).append(other.name)
-    ways = {way: names for way, names in ways.items() if len(names) == len(DESTROYED)}
-    if not ways:
+    names = [other.name for other in arms if other.kind in DESTROYED and other.way == arm.way]
+    if len(names) < len(DESTROYED):
         return None
-    size = sum(columns[arm.name]["bytes"])
-    nearest = min(ways, key=lambda way: (way != arm.way, abs(log(sum(columns[ways[way][0]]["bytes"]) / size))))
-    return max(ways[nearest], key=lambda name: sum(columns[name][lead]))
+    return max(names, key=lambda name: sum(columns[name][lead]))
 
 
 def _difference(ours: Mapping[str, list[Any]], theirs: Mapping[str, list[Any]], metric: str) -> list[float]:
@@ -218,7 +226,3 @@ def _mean(metric: str, values: Sequence[float]) -> Any:
     if metric == "nll":
         return round(sum(values) / len(values), 4)
     return bootstrap([100 * value for value in values]).rounded()
-
-
-def _plan(arm: Arm) -> str:
-    return arm.way

@@ -83,19 +83,23 @@ def _once(link: Link, protocol: Protocol, item: Item, arm: Arm, settings: Settin
         background = item.context if isinstance(item, Passage) and arm.kind in ("sharer", "text") else None
         if arm.kind == "relay":
             writer = Receiver(link.sharer.lm)
-            cost, background = _written(protocol, writer, protocol.relay_prompt(writer, item), settings.relay_tokens)
+            prompt, stop = protocol.relay_prompt(writer, item), protocol.relay_stop(writer.lm)
+            cost, background = _written(protocol, writer, prompt, settings.relay_tokens, stop)
             seconds["relay"] = cost.first_token + cost.rest
-        cost, _ = _written(protocol, side, protocol.prompt(side, item, background), protocol.answer_tokens)
+        prompt, stop = protocol.prompt(side, item, background), protocol.answer_stop(side.lm)
+        cost, _ = _written(protocol, side, prompt, protocol.answer_tokens, stop)
         seconds.update(first_token=cost.first_token, rest=cost.rest)
     total = sum(seconds.values())
     receiver = seconds["decode"] + seconds["place"] + seconds["first_token"]
     return {**seconds, "receiver_first_token": receiver, "to_first_token": total - seconds["rest"], "total": total}
 
 
-def _written(protocol: Protocol, side: Receiver, prompt: list[int], tokens: int) -> tuple[Cost, str]:
+def _written(
+    protocol: Protocol, side: Receiver, prompt: list[int], tokens: int, stop: Sequence[str]
+) -> tuple[Cost, str]:
     """What it takes to read a prompt and to write after it; the model's own head is there already."""
     placed = side.lm.place([[]], room=len(prompt) + tokens, head=protocol.head)
-    made = side.lm.generate([prompt], placed, max_new_tokens=tokens, stop=protocol.relay_stop(side.lm))[0]
+    made = side.lm.generate([prompt], placed, max_new_tokens=tokens, stop=stop)[0]
     return replace(Cost(0, 0.0, 0), first_token=made.first_token_seconds, rest=made.rest_seconds), made.text
 
 
