@@ -166,7 +166,13 @@ def test_an_evaluation_that_is_interrupted_goes_on(tmp_path: Path, tiny_folder: 
     arguments += ["--arms", "receiver,text,cache,wrong,zeroed"]
     arguments += [option for plan in plans for option in ("--plan", plan)]
     command = [sys.executable, "-m", "kvtalk.cli", *map(str, arguments)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background job ignores it
+    )
     log = out / "items.partial.jsonl"
     deadline = time.time() + 90
     while time.time() < deadline and not (log.exists() and log.read_text().count("\n") >= 20):
