@@ -1,6 +1,6 @@
 """The tables of README.md and docs/results.md, from the files under results/.
 
-python benchmarks/tables.py [squad|tasks|choice|speed|latency]
+python benchmarks/tables.py [squad|tasks|routing|choice|speed|latency]
 """
 
 from __future__ import annotations
@@ -62,6 +62,17 @@ def tasks() -> Iterator[str]:
             yield f"| {task}, {model} | {' | '.join(cells)} | {signed(rows['cache bf16']['gain'])} |"
 
 
+def routing() -> Iterator[str]:
+    """Query routing between the receiver without and the sharer with the context."""
+    yield "| task, model | receiver alone | sharer alone | routing | asks the sharer |"
+    yield "| --- " * 5 + "|"
+    for task, metric in (("squad300", "f1"), ("countries", "contains")):
+        for model in MODELS:
+            rows = rows_of(RESULTS / "routing" / task / model)
+            cells = [figure(metric, rows[name][metric]) for name in ("receiver", "sharer", "routing")]
+            yield f"| {task}, {model} | {' | '.join(cells)} | {100 * rows['routing']['sharer_share']:.0f}% |"
+
+
 def choice() -> Iterator[str]:
     """Multiple choice, each model alone, both protocols, and how often they name the same option."""
     yield "| task | model | acc_norm | acc | letter, strict | found | letter, C2C's reading | found | same option |"
@@ -109,5 +120,5 @@ def latency() -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:] or ("squad", "tasks", "choice", "speed", "latency"):
+    for name in sys.argv[1:] or ("squad", "tasks", "routing", "choice", "speed", "latency"):
         print(*globals()[name](), "", sep="\n")

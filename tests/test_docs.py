@@ -41,7 +41,14 @@ def test_readme_lists_every_method() -> None:
 
 @pytest.mark.parametrize(
     ("name", "page"),
-    [("squad", README), ("tasks", RESULTS), ("choice", RESULTS), ("speed", RESULTS), ("latency", RESULTS)],
+    [
+        ("squad", README),
+        ("tasks", RESULTS),
+        ("routing", RESULTS),
+        ("choice", RESULTS),
+        ("speed", RESULTS),
+        ("latency", RESULTS),
+    ],
 )
 def test_figures_in_tables_are_those_of_the_results(name: str, page: str) -> None:
     lines = list(getattr(tables, name)())
