@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -280,6 +281,13 @@ def test_a_run_gets_further_arms_and_keeps_its_answers(tmp_path: Path, monkeypat
 def test_the_wrong_cache_needs_a_second_context(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="two different contexts"):
         run(link(), FREE, samples()[:2], make_arms(["wrong"]), tmp_path)
+
+
+def test_what_the_controls_need_is_asked_for_before_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "scipy.stats", None)
+    with pytest.raises(InputError, match=r"needs scipy: pip install 'kvtalk\[eval\]'"):
+        run(link(), FREE, few(), make_arms(["cache", "wrong", "zeroed"]), tmp_path / "run", SETTINGS)
+    assert not (tmp_path / "run").exists()
 
 
 def test_metrics_of_words_are_added_without_a_model(finished: Path, tmp_path: Path) -> None:

@@ -171,14 +171,26 @@ class Free(Protocol):
         ]
 
 
-class Letter(Protocol):
+class Choosing(Protocol):
+    """Multiple choice: the prompt is whole, and a sharer is asked for background as in C2C."""
+
+    head = False
+
+    def relay_prompt(self, side: Receiver, item: Item) -> list[int]:
+        request = BACKGROUND_PROMPT.format(question=item.question)
+        return _begun(side.lm, render(side.lm.tokenizer, [request]))
+
+    def relay_stop(self, lm: LM) -> Sequence[str]:
+        return _BACKGROUND_STOP
+
+
+class Letter(Choosing):
     """The model writes the letter of an option.
 
     ``acc`` reads it strictly, ``parsed`` says where one was found, ``acc_published`` reads it as C2C does.
     """
 
     name = "letter"
-    head = False
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -197,12 +209,6 @@ class Letter(Protocol):
         if background is not None:
             turns = [BACKGROUND_PROMPT.format(question=item.question), background, *turns]
         return _begun(side.lm, render(side.lm.tokenizer, turns))
-
-    def relay_prompt(self, side: Receiver, item: Item) -> list[int]:
-        return _background_request(side.lm, item)
-
-    def relay_stop(self, lm: LM) -> Sequence[str]:
-        return _BACKGROUND_STOP
 
     def answer(
         self,
@@ -234,14 +240,13 @@ class Letter(Protocol):
         return outcomes
 
 
-class Likelihood(Protocol):
+class Likelihood(Choosing):
     """The option that the model finds most likely after the question.
 
     ``acc_norm`` divides an option's log-likelihood by its characters, ``acc`` does not, both as lm-evaluation-harness.
     """
 
     name = "likelihood"
-    head = False
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -259,12 +264,6 @@ class Likelihood(Protocol):
         before, after = self.task.question_prompt
         text = f"{before}{item.question}{after}"
         return _begun(side.lm, text if background is None else f"{background}\n\n{text}")
-
-    def relay_prompt(self, side: Receiver, item: Item) -> list[int]:
-        return _background_request(side.lm, item)
-
-    def relay_stop(self, lm: LM) -> Sequence[str]:
-        return _BACKGROUND_STOP
 
     def answer(
         self,
@@ -332,10 +331,6 @@ def _sampling(temperature: float) -> dict[str, Any]:
 
 def _begun(lm: LM, text: str) -> list[int]:
     return bos(lm.tokenizer) + lm.encode(text)
-
-
-def _background_request(lm: LM, item: Item) -> list[int]:
-    return _begun(lm, render(lm.tokenizer, [BACKGROUND_PROMPT.format(question=item.question)]))
 
 
 def _answer_nll(lm: LM, items: Sequence[Passage], prompts: Sequence[list[int]], placed: PlacedCache) -> list[float]:

@@ -24,11 +24,12 @@ from rich.text import Text
 
 from kvtalk.errors import InputError
 from kvtalk.evaluation import folder
-from kvtalk.evaluation.arms import TRANSFERS, Arm
+from kvtalk.evaluation.arms import DESTROYED, TRANSFERS, Arm
 from kvtalk.evaluation.batch import Batch, Settings
 from kvtalk.evaluation.data import Item, Passage, digest
 from kvtalk.evaluation.metrics import METRICS
 from kvtalk.evaluation.protocols import Protocol
+from kvtalk.evaluation.statistics import binomial_test
 from kvtalk.evaluation.summary import plan_from, read_records, summarize, write_summary
 from kvtalk.link import Link, Receiver
 
@@ -137,12 +138,15 @@ def check_arms(protocol: Protocol, items: Sequence[Item], arms: Sequence[Arm]) -
     """Refuse arms that these items cannot serve.
 
     Raises:
-        InputError: an arm twice, one that needs a context, or a wrong cache where there is only one context.
+        InputError: an arm twice, one that needs a context, a wrong cache where there is only one context, or controls
+            without scipy, which their test needs.
     """
     task = protocol.task
     contexts = {item.context for item in items if isinstance(item, Passage)}
     if len(contexts) == 1 and any(arm.kind == "wrong" for arm in arms):
         raise InputError("the wrong-cache control needs at least two different contexts: take more items")
+    if any(arm.kind in DESTROYED for arm in arms):
+        binomial_test()
     if len({arm.name for arm in arms}) != len(arms):
         raise InputError("an arm is listed twice")
     for arm in arms:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,13 +49,23 @@ def mcnemar(ours: Sequence[float], theirs: Sequence[float]) -> float:
     Raises:
         InputError: scipy is not installed.
     """
+    test = binomial_test()
+    only_ours = sum(a > b for a, b in zip(ours, theirs, strict=True))
+    only_theirs = sum(a < b for a, b in zip(ours, theirs, strict=True))
+    return float(test(only_ours, only_ours + only_theirs).pvalue) if only_ours + only_theirs else 1.0
+
+
+def binomial_test() -> Any:
+    """scipy's exact test, asked for before a run that will need it.
+
+    Raises:
+        InputError: scipy is not installed.
+    """
     try:
         from scipy.stats import binomtest
     except ImportError as error:
         raise InputError("McNemar's test needs scipy: pip install 'kvtalk[eval]'") from error
-    only_ours = sum(a > b for a, b in zip(ours, theirs, strict=True))
-    only_theirs = sum(a < b for a, b in zip(ours, theirs, strict=True))
-    return float(binomtest(only_ours, only_ours + only_theirs).pvalue) if only_ours + only_theirs else 1.0
+    return binomtest
 
 
 @lru_cache(maxsize=2)
