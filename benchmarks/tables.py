@@ -30,7 +30,7 @@ ARMS = {
     "its cache, budget 25%": "cache budget=25%",
     "its cache, budget 10%": "cache budget=10%",
 }
-PACKED = ("cache int8:channel/int8:token before", "cache int4:channel/int4:token before")
+CACHES = ("cache bf16", "cache int8:channel/int8:token before", "cache int4:channel/int4:token before")
 CONTEXT_TASKS = {"squad": "f1", "hotpotqa": "f1", "narrativeqa": "f1", "countries": "contains"}
 CHOICE_TASKS = ("openbookqa", "arc_challenge", "arc_easy", "mmlu_redux", "ceval")
 
@@ -51,26 +51,33 @@ def squad() -> Iterator[str]:
 
 
 def tasks() -> Iterator[str]:
-    """Every task with a context: the ceiling, the cache in three codecs, its controls, what it bought."""
-    columns = ("receiver", "text", "relay", "cache bf16", *PACKED, "wrong bf16", "zeroed bf16")
-    yield "| task, model | alone | text | relay | cache, bf16 | int8 | int4 | wrong | zeroed | gain, bf16 |"
-    yield "| --- " * 10 + "|"
+    """Every task with a context: the ceiling, the cache in three codecs, its controls, what each of them bought."""
+    columns = ("receiver", "text", "relay", *CACHES, "wrong bf16", "zeroed bf16")
+    titles = "alone | text | relay | cache, bf16 | int8 | int4 | wrong | zeroed | gain, bf16 | gain, int8 | gain, int4"
+    yield f"| task, model | {titles} |"
+    yield "| --- " * 12 + "|"
     for task, metric in CONTEXT_TASKS.items():
         for model in MODELS:
             rows = rows_of(RESULTS / task / model)
             cells = [f"{rows[name][metric][0]:.1f}" for name in columns]
-            yield f"| {task}, {model} | {' | '.join(cells)} | {signed(rows['cache bf16']['gain'])} |"
+            cells += [signed(rows[name]["gain"]) for name in CACHES]
+            yield f"| {task}, {model} | {' | '.join(cells)} |"
 
 
 def routing() -> Iterator[str]:
-    """Query routing between the receiver without and the sharer with the context."""
-    yield "| task, model | receiver alone | sharer alone | routing | asks the sharer |"
-    yield "| --- " * 5 + "|"
-    for task, metric in (("squad300", "f1"), ("countries", "contains")):
+    """Query routing between the receiver without and the sharer with the context; its lot has the same share."""
+    yield "| task, model | receiver alone | sharer alone | routing | minus sharer | takes the sharer's | by lot |"
+    yield "| --- " * 7 + "|"
+    for task, metric in CONTEXT_TASKS.items():
         for model in MODELS:
-            rows = rows_of(RESULTS / "routing" / task / model)
-            cells = [figure(metric, rows[name][metric]) for name in ("receiver", "sharer", "routing")]
-            yield f"| {task}, {model} | {' | '.join(cells)} | {100 * rows['routing']['sharer_share']:.0f}% |"
+            rows = rows_of(RESULTS / task / model)
+            ours, theirs, routed = (rows[name] for name in ("receiver", "sharer", "routing"))
+            assert theirs["minus_text"] == [0, 0, 0]  # so that "minus text" is "minus sharer"
+            share = routed["sharer_share"]
+            cells = [f"{ours[metric][0]:.1f}", f"{theirs[metric][0]:.1f}", figure(metric, routed[metric])]
+            cells += [signed(routed["minus_text"]), f"{100 * share:.0f}%"]
+            cells.append(f"{share * theirs[metric][0] + (1 - share) * ours[metric][0]:.1f}")
+            yield f"| {task}, {model} | {' | '.join(cells)} |"
 
 
 def choice() -> Iterator[str]:

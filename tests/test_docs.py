@@ -67,11 +67,15 @@ def test_every_results_folder_gives_its_summary_again(tmp_path: Path) -> None:
         assert json.loads((copy / "summary.json").read_text()) == json.loads((folder / "summary.json").read_text())
 
 
-def test_commands_in_manifests_name_no_folder_of_one_machine() -> None:
+def test_manifests_say_how_to_run_again_on_any_machine() -> None:
     for file in (ROOT / "results").rglob("manifest.json"):
         manifest = json.loads(file.read_text("utf-8"))
         for start in (manifest, *manifest.get("earlier", ())):
-            assert not any(word.startswith("/") for word in shlex.split(start["command"]))
+            words = shlex.split(start["command"])
+            assert words[0] == "kvtalk"
+            assert not any(word.startswith("/") for word in words)
+        assert manifest["seed"] == 0
+        assert manifest["prompt"]
 
 
 def test_evaluation_page_names_every_task_protocol_arm_and_metric() -> None:
