@@ -37,5 +37,17 @@ class PacketError(KVTalkError):
         self.field = field
 
 
+class AlignmentError(KVTalkError):
+    """The tokens of two models cannot be matched."""
+
+
+class AdapterError(KVTalkError):
+    """An adapter is missing, damaged, or made for another pair of models."""
+
+
+class TrainingError(KVTalkError):
+    """Training cannot start, go on, or be resumed."""
+
+
 class InputError(KVTalkError):
     """A context, question, file or option cannot be used as given."""

@@ -1,0 +1,1 @@
+"""Which sharer token stands for which receiver token (tokens.py)."""
