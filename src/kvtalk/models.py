@@ -74,6 +74,7 @@ class LM:
         self.spec: ModelSpec = read_spec(model, tokenizer)
         self.prompt = prompt or default_format(tokenizer)
         self._heads: dict[tuple[int, ...], KVCache] = {}
+        self._plain_head: bool | None = None
         self._check_placement()
 
     @classmethod
@@ -144,14 +145,52 @@ class LM:
         ids, positions = self._padded(batch)
         cache = DynamicCache(config=self.spec.config)
         self.model(
-            input_ids=ids,
-            attention_mask=(positions != PADDING).long(),
-            position_ids=positions.clamp(min=0),
+            input_ids=ids.to(self.device),
+            attention_mask=(positions != PADDING).long().to(self.device),
+            position_ids=positions.clamp(min=0).to(self.device),
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
         )
         return KVCache.from_transformers(cache, positions)
+
+    @torch.no_grad()
+    def read_whole(self, batch: Sequence[Sequence[int]]) -> tuple[KVCache, Tensor]:
+        """Read sequences of tokens from position 0 and keep every token in every layer, sliding ones too.
+
+        Rows are padded on the right, where causal attention needs no mask, so this is the fast way to read many.
+
+        Returns:
+            their cache, and the hidden states after the last layer, ``[batch, tokens, hidden]``, for :meth:`head_of`.
+
+        Raises:
+            InputError: an empty sequence, or one longer than the model reads.
+        """
+        ids, positions = (x.flip(1) for x in self._padded([row[::-1] for row in batch]))
+        counts = (positions != PADDING).sum(dim=1, keepdim=True)
+        steps = torch.arange(positions.shape[1])
+        cache = DynamicCache()
+        output = self.model.get_decoder()(input_ids=ids.to(self.device), past_key_values=cache, use_cache=True)
+        positions = torch.where(steps < counts, steps, PADDING)
+        return KVCache.from_transformers(cache, positions), torch.as_tensor(output.last_hidden_state)
+
+    def head_of(self, hidden: Tensor) -> Tensor:
+        """Logits of hidden states as :meth:`read_whole` gives them, ``[..., hidden]`` to ``[..., vocabulary]``.
+
+        Raises:
+            ModelError: a model that does more to its hidden states than to multiply them with an output matrix.
+        """
+        if self._plain_head is None:
+            ids = torch.tensor([[11, 12, 13]], device=self.device)
+            with torch.no_grad():
+                own = self.model(ids).logits.float()
+                plain = self.model.get_output_embeddings()(self.model.get_decoder()(ids).last_hidden_state).float()
+            self._plain_head = bool((own - plain).norm() <= 0.02 * own.norm())
+        if not self._plain_head:
+            raise ModelError(
+                f"{self.spec.fingerprint.arch}: its logits are scaled or capped; no adapter can be trained"
+            )
+        return torch.as_tensor(self.model.get_output_embeddings()(hidden))
 
     def place(
         self, contexts: Sequence[Sequence[Prefix]], *, room: int = 256, gaps: bool = True, head: bool = True
@@ -160,9 +199,8 @@ class LM:
         own = self.head() if head else None
         return place(self.spec, own, contexts, room=room, gaps=gaps, device=self.device)
 
-    @torch.no_grad()
     def logits(self, prompts: Sequence[Sequence[int]], placed: PlacedCache, keep: int = 0) -> Tensor:
-        """Read prompts after a placed cache.
+        """Read prompts after a placed cache; gradients flow back into a cache that asks for them.
 
         Args:
             prompts: tokens of each row; appended to ``placed``.
@@ -173,7 +211,7 @@ class LM:
             logits after each token, ``[batch, tokens, vocabulary]``; shorter rows are padded on the left.
         """
         inputs = self._continuation(prompts, placed)
-        with attending(self.model):
+        with attending(self.model), torch.set_grad_enabled(placed.requires_grad and torch.is_grad_enabled()):
             output = self.model(**inputs, past_key_values=placed, use_cache=True, logits_to_keep=keep)
         return torch.as_tensor(output.logits)
 
@@ -269,7 +307,7 @@ class LM:
         return Generation(text.strip(), tuple(ids[:kept]), first - watch.started, end - first, mean)
 
     def _continuation(self, prompts: Sequence[Sequence[int]], placed: PlacedCache) -> dict[str, Tensor]:
-        ids, offsets = self._padded(prompts)
+        ids, offsets = (x.to(self.device) for x in self._padded(prompts))
         real = offsets != PADDING
         positions = torch.where(real, offsets + placed.next_positions[:, None], 0)
         before = real.new_ones((len(prompts), placed.columns))
@@ -280,7 +318,7 @@ class LM:
         }
 
     def _padded(self, batch: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """Left-padded ids and positions (−1 for padding), both ``[batch, tokens]`` on the model's device."""
+        """Left-padded ids and positions (−1 for padding), both ``[batch, tokens]``."""
         longest = max((len(ids) for ids in batch), default=0)
         if min((len(ids) for ids in batch), default=0) == 0:
             raise InputError("nothing to read: the text is empty")
@@ -290,7 +328,7 @@ class LM:
         positions = torch.tensor(
             [[PADDING] * (longest - len(row)) + list(range(len(row))) for row in batch], dtype=torch.long
         )
-        return ids.to(self.device), positions.to(self.device)
+        return ids, positions
 
     def _check_length(self, tokens: int, what: str) -> None:
         if tokens > self.spec.max_positions:

@@ -46,6 +46,11 @@ class PlacedLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append new tokens in place; grows the buffer when it is full."""
+        if self._keys.requires_grad:  # part of a training step, read once
+            self._keys = torch.cat([self.keys, key_states], dim=2)
+            self._values = torch.cat([self.values, value_states], dim=2)
+            self.keys, self.values, self.used = self._keys, self._values, self._keys.shape[2]
+            return self.keys, self.values
         stop = self.used + key_states.shape[2]
         if stop > self._keys.shape[2]:
             self._keys = _grown(self._keys, self.used, stop + _GROWTH)
@@ -113,6 +118,11 @@ class PlacedCache(Cache):  # type: ignore[misc]
         self._tracks = [track.to(next_positions.device) for track in tracks]
         self._masks: dict[tuple[int, int | None], Tensor | None] = {}
         self._queries = next_positions[:, None]
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether it is part of a training step."""
+        return any(layer.keys.requires_grad for layer in self.layers)
 
     @property
     def columns(self) -> int:

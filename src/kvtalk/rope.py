@@ -72,6 +72,10 @@ def rotate(keys: Tensor, angles: Angles, out: Tensor | None = None) -> Tensor:
         the rotated keys in the type of ``out`` (by default that of ``keys``), computed in float32.
     """
     half, tokens = angles.cos.shape[-1], keys.shape[2]
+    if keys.requires_grad:  # nothing is written in place that a gradient has to pass
+        first, second = (part.float() for part in (keys[..., :half], keys[..., half : 2 * half]))
+        turned = first * angles.cos - second * angles.sin, second * angles.cos + first * angles.sin
+        return torch.cat([*(part.to(keys.dtype) for part in turned), keys[..., 2 * half :]], dim=-1)
     out = torch.empty_like(keys) if out is None else out
     if 2 * half < keys.shape[-1]:
         out[..., 2 * half :] = keys[..., 2 * half :]

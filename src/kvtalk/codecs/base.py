@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from kvtalk.errors import CodecError
@@ -95,6 +96,12 @@ class Codec(ABC):
             scales: as made by :meth:`encode`.
             out: ``[kv_heads, tokens, head_dim]``, any floating type, any strides.
         """
+
+    def simulated(self, values: Tensor) -> Tensor:
+        """What comes back after packing, ``[kv_heads, tokens, head_dim]``, float32; for training, without packing."""
+        restored = torch.empty_like(values, dtype=torch.float32)
+        self.decode(*self.encode(values), restored)
+        return restored
 
     @staticmethod
     def tokens_at_once(values: Tensor, multiple_of: int) -> int:

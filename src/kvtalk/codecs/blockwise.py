@@ -61,6 +61,15 @@ class Blockwise(Codec):
             blocks = _as_blocks(unpack(codes[:, where], self.bits), rows, along[1])
             out[:, where] = self.restore(blocks, table[:, rows]).view(heads, -1, head_dim)
 
+    def simulated(self, values: Tensor) -> Tensor:
+        heads, tokens, head_dim = values.shape
+        along = self.blocks.across(tokens, head_dim)[1]
+        parts = []
+        for where, rows in self._ranges(values):
+            table, codes = self.quantize(_as_blocks(values[:, where].float().contiguous(), rows, along))
+            parts.append(self.restore(codes, table.float()).view(heads, -1, head_dim))
+        return torch.cat(parts, dim=1)
+
     def _ranges(self, values: Tensor) -> Iterator[tuple[slice, slice]]:
         """Ranges of tokens, and which rows of blocks they fill; the last, smaller block stands alone."""
         tokens = values.shape[1]

@@ -1,0 +1,1 @@
+"""Fit adapters: data (texts.py), and one readable file for each adapter."""

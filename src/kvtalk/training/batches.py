@@ -1,0 +1,197 @@
+"""What a translator is trained on, step by step: contexts in both models' tokens, and what follows them."""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from kvtalk.adapters.translator import Pairing, pair
+from kvtalk.adapters.vectors import lead
+from kvtalk.alignment.tokens import tokenize
+from kvtalk.errors import TrainingError
+from kvtalk.loading import bos
+from kvtalk.models import LM
+from kvtalk.training.loop import Schedule
+from kvtalk.training.texts import Texts
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train a translator.
+
+    Attributes:
+        schedule: steps, rate, optimizer.
+        regression: share of the steps that only regress keys and values.
+        tokens: of contexts in a step, about.
+        questions: share of the later steps that ask questions.
+        regression_weight: of the regression in later steps.
+        shortest, longest: characters of plain contexts, drawn evenly on a log scale.
+        codecs: with which latents are packed; drawn by chance, ``bf16`` stands for none.
+        widths: to which latents are cut; drawn by chance.
+        whole: share of the steps with whole latents.
+        seed: of everything drawn.
+    """
+
+    schedule: Schedule = field(default_factory=Schedule)
+    regression: float = 0.25
+    tokens: int = 20_480
+    questions: float = 0.5
+    regression_weight: float = 0.3
+    shortest: int = 200
+    longest: int = 4000
+    codecs: tuple[str, ...] = ("bf16", "bf16", "int8", "int4", "int4", "int2")
+    widths: tuple[int, ...] = (16, 32, 64, 128, 256, 512)
+    whole: float = 0.4
+    seed: int = 0
+
+    def regresses(self, step: int) -> bool:
+        """Whether a step only regresses."""
+        return step < self.regression * self.schedule.steps
+
+
+_MOST_ROWS = 384
+"""Of a step that only regresses; with logits over a large vocabulary a quarter of that fills a GPU."""
+
+_SPACED = 0.1
+_PUNCTUATION = re.compile(r" ?([.,;:!?()\"']|-(?=\w)) ?")
+
+_CONTINUATION = 280
+"""Characters that follow a plain context."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one step reads.
+
+    Attributes:
+        sharer: what the sharer reads, its head and a context in each row.
+        start: tokens of its head.
+        receiver: context tokens of the receiver.
+        head: what the receiver reads before the context.
+        pairing: of the two.
+        tails: what follows the context at the receiver.
+        answers: how many of each tail's last tokens are an answer to learn.
+        width: to which latents are cut.
+        codec: with which they are packed.
+    """
+
+    sharer: list[list[int]]
+    start: int
+    receiver: list[list[int]]
+    head: list[int]
+    pairing: Pairing
+    tails: list[list[int]]
+    answers: list[int]
+    width: int
+    codec: str
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row before it is tokenized.
+
+    Attributes:
+        context: what the sharer reads.
+        tail: what the receiver reads after it.
+        answer: what it should write then; empty where it only continues.
+    """
+
+    context: str
+    tail: str
+    answer: str = ""
+
+
+class Batches(Dataset[Batch]):
+    """The batch of every step; a step's batch depends on the seed and its number alone."""
+
+    def __init__(self, texts: Texts, sharer: LM, receiver: LM, recipe: Recipe, latent: int) -> None:
+        self.texts, self.recipe, self.latent = texts, recipe, latent
+        self.sharer, self.receiver = sharer.tokenizer, receiver.tokenizer
+        self.sharer_head, self.receiver_head = lead(sharer), receiver.head_ids()
+        self.bare_head = bos(receiver.tokenizer)
+        self.prompt = receiver.prompt
+        self.limits = sharer.spec.max_positions, receiver.spec.max_positions
+
+    def __len__(self) -> int:
+        return self.recipe.schedule.steps
+
+    def __getitem__(self, step: int) -> Batch:
+        rng = random.Random(f"{self.recipe.seed} {step}")
+        recipe = self.recipe
+        width = self.latent if rng.random() < recipe.whole else rng.choice([*recipe.widths, self.latent])
+        noise = rng.choice(recipe.codecs)
+        regressing = recipe.regresses(step)
+        if self.texts.questions and rng.random() < recipe.questions * (0.5 if regressing else 1):
+            rows = max(4, recipe.tokens // 256)
+            return self.of(self._questions(rng, rows, [0, 0, 1, 2]), self.receiver_head, width, noise)
+        context = int(math.exp(rng.uniform(math.log(recipe.shortest), math.log(recipe.longest))))
+        rows = min(_MOST_ROWS if regressing else _MOST_ROWS // 4, max(4, recipe.tokens * 4 // context))
+        head = self.bare_head if rng.random() < 0.7 else self.receiver_head
+        return self.of(self._passages(rng, rows, context), head, width, noise)
+
+    def checks(self, rows: int) -> list[Batch]:
+        """Plain text and questions, always the same, for validation."""
+        found = [self.of(self._passages(random.Random(seed), rows, 1000), self.bare_head) for seed in range(2)]
+        if self.texts.questions:
+            found += [self.of(self._questions(random.Random(seed), rows, [0]), self.receiver_head) for seed in range(2)]
+        return found
+
+    def of(self, examples: Sequence[Example], head: list[int], width: int | None = None, codec: str = "bf16") -> Batch:
+        """Examples in both models' tokens; those that are longer than a model reads are left out.
+
+        Raises:
+            TrainingError: all of them are.
+        """
+        contexts = [example.context for example in examples]
+        both = tokenize(self.sharer, contexts), tokenize(self.receiver, contexts)
+        rows = []
+        for theirs, ours, example in zip(*both, examples, strict=True):
+            tail, answer = _ids(self.receiver, example.tail), _ids(self.receiver, example.answer)
+            read = len(self.sharer_head) + len(theirs.ids), len(head) + len(ours.ids) + len(tail) + len(answer)
+            if read[0] <= self.limits[0] and read[1] <= self.limits[1]:
+                rows.append((theirs, ours, tail, answer))
+        if not rows:
+            raise TrainingError(
+                f"contexts are longer than the models read ({min(self.limits)} tokens): shorten longest"
+            )
+        return Batch(
+            sharer=[self.sharer_head + theirs.ids for theirs, _, _, _ in rows],
+            start=len(self.sharer_head),
+            receiver=[ours.ids for _, ours, _, _ in rows],
+            head=head,
+            pairing=pair([theirs for theirs, _, _, _ in rows], [ours for _, ours, _, _ in rows]),
+            tails=[tail + answer for _, _, tail, answer in rows],
+            answers=[len(answer) for _, _, _, answer in rows],
+            width=width or self.latent,
+            codec=codec,
+        )
+
+    def _passages(self, rng: random.Random, rows: int, context: int) -> list[Example]:
+        """Running text; some with spaces around punctuation, as corpora that were tokenized have it."""
+        pairs = [self.texts.passage(rng, context, _CONTINUATION) for _ in range(rows)]
+        spaced = rng.random() < _SPACED
+        return [
+            Example(*(_PUNCTUATION.sub(r" \1 ", part).replace("  ", " ") if spaced else part for part in pair))
+            for pair in pairs
+        ]
+
+    def _questions(self, rng: random.Random, rows: int, others: Sequence[int]) -> list[Example]:
+        """Each about one context among as many others as are drawn from ``others``."""
+        made = []
+        for _ in range(rows):
+            asked = rng.choice(self.texts.questions)
+            around = [rng.choice(self.texts.questions).context for _ in range(rng.choice(others))]
+            around.insert(rng.randrange(len(around) + 1), asked.context)
+            answer = f" {rng.choice(asked.answers)}{(self.prompt.stop or ('',))[0]}"
+            made.append(Example("\n".join(around), self.prompt.tail(asked.question), answer))
+        return made
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False).input_ids) if text else []

@@ -1,0 +1,109 @@
+"""The command ``kvtalk train``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+app = typer.Typer(no_args_is_help=True, help="Fit adapters between two models.")
+out = Console()
+
+DataOption = Annotated[
+    list[str],
+    typer.Option(
+        "--data",
+        "-d",
+        help="Texts to train on: .jsonl or .txt, also .gz, or a hub data set; rows with text, with prompt and "
+        "response, or with context, question and answers. Repeat for several.",
+    ),
+]
+
+
+@app.command()
+def translator(
+    sharer: Annotated[str, typer.Option("--sharer", "-s", help="Model that reads.")],
+    receiver: Annotated[str, typer.Option("--receiver", "-r", help="Model that answers.")],
+    data: DataOption,
+    out_folder: Annotated[Path, typer.Option("--out", "-o", help="Folder for checkpoints, log and the adapter.")],
+    steps: Annotated[int, typer.Option(min=10, help="Optimizer steps.")] = 2000,
+    tokens: Annotated[int, typer.Option(min=64, help="Context tokens in a step, about.")] = 20_480,
+    rate: Annotated[float, typer.Option(help="Learning rate at its peak.")] = 2e-3,
+    optimizer: Annotated[str, typer.Option(help="muon or adamw.")] = "muon",
+    questions: Annotated[float, typer.Option(min=0, max=1, help="Share of later steps that ask questions.")] = 0.5,
+    regression: Annotated[float, typer.Option(min=0, max=1, help="Share of steps that only regress.")] = 0.25,
+    longest: Annotated[int, typer.Option(min=200, help="Characters of the longest plain contexts.")] = 4000,
+    width: Annotated[int, typer.Option(min=64, help="Channels of the adapter, a multiple of 64.")] = 576,
+    latent: Annotated[int, typer.Option(min=16, help="Numbers of a whole latent.")] = 1024,
+    packing: Annotated[str, typer.Option(help="Codec of the saved matrices; bf16 for none.")] = "nf4:1x64",
+    check_every: Annotated[int, typer.Option(min=1, help="Steps between validations and checkpoints.")] = 250,
+    seed: Annotated[int, typer.Option(help="Of everything drawn.")] = 0,
+) -> None:
+    """Train a translator: the sharer's cache becomes a cache of a receiver of another kind.
+
+    Both models stay frozen. A stopped run goes on from its last checkpoint when the same command is given again.
+    """
+    from accelerate import PartialState
+
+    from kvtalk.adapters.store import Party, save_translator
+    from kvtalk.adapters.translator import Geometry, Translator
+    from kvtalk.models import LM
+    from kvtalk.training.batches import Recipe
+    from kvtalk.training.loop import Schedule
+    from kvtalk.training.texts import Texts
+    from kvtalk.training.translator import training
+
+    texts = Texts.load(data)
+    with out.status("loading ..."):
+        device = str(PartialState().device)
+        reads = LM.load(sharer, device=device)
+        answers = reads if receiver == sharer else LM.load(receiver, device=device)
+    geometry = Geometry(
+        sharer_values=reads.spec.values_per_token,
+        receiver_layers=len(answers.spec.layers),
+        receiver_values=answers.spec.values_per_token,
+        width=width,
+        latent=latent,
+    )
+    recipe = Recipe(
+        schedule=Schedule(steps=steps, rate=rate, optimizer=optimizer),
+        tokens=tokens,
+        questions=questions,
+        longest=longest,
+        regression=regression,
+        widths=tuple(size for size in Recipe.widths if size < latent),
+        seed=seed,
+    )
+    run = training(reads, answers, texts, geometry, recipe, out_folder)
+    with _bar() as bar:
+        task = bar.add_task("training", total=steps, completed=run.step, shown="")
+
+        def report(step: int, measured: dict[str, float]) -> None:
+            text = "  ".join(f"{name} {value:.3f}" for name, value in measured.items())
+            bar.update(task, completed=step, shown=text if len(measured) < 6 else "")
+            if len(measured) >= 6:
+                bar.console.print(f"step {step}: {text}", highlight=False)
+
+        trained = run.run(report, check_every)
+    parties = [Party(lm.name, lm.spec.fingerprint) for lm in (reads, answers)]
+    facts = {"data": [Path(name).name for name in data], "steps": steps}
+    assert isinstance(trained, Translator)
+    save_translator(trained, parties[0], parties[1], out_folder, None if packing == "bf16" else packing, facts)
+    out.print(
+        f"next: kvtalk eval --task squad --sharer {sharer} --receiver {receiver} --adapter {out_folder}",
+        highlight=False,
+    )
+
+
+def _bar() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[shown]}"),
+    )

@@ -1,0 +1,216 @@
+"""The loop of every training: steps, learning rate, checkpoints, and validation on the way.
+
+It runs on a CPU, one GPU or several (``accelerate launch``); the batch of a step depends on the seed and the step
+alone, so a run that was stopped goes on to the same losses.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from kvtalk.errors import CodecError, TrainingError
+
+CHECKPOINT = "checkpoint.pt"
+LOG = "log.jsonl"
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How the weights are moved.
+
+    Attributes:
+        steps: optimizer steps.
+        rate: learning rate at its peak; it rises linearly and falls as a cosine to zero.
+        warm_up: steps to the peak.
+        decay: weight decay.
+        optimizer: ``muon`` for matrices (and AdamW for the rest), or ``adamw``.
+    """
+
+    steps: int = 2000
+    rate: float = 2e-3
+    warm_up: int = 100
+    decay: float = 0.01
+    optimizer: str = "muon"
+
+    def share(self, step: int) -> float:
+        """Of the peak rate."""
+        return min(1.0, (step + 1) / self.warm_up) * 0.5 * (1 + math.cos(math.pi * step / self.steps))
+
+
+class Objective(Protocol):
+    """What is learned."""
+
+    def losses(self, module: nn.Module, batch: Any, step: int) -> dict[str, Tensor]:
+        """Losses of a batch by name; ``total`` is minimised."""
+
+    def measure(self, module: nn.Module) -> dict[str, float]:
+        """Validation, controls included."""
+
+
+class Loop:
+    """A training run in a folder.
+
+    Attributes:
+        module: what is trained.
+        step: steps done.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        objective: Objective,
+        batches: Dataset[Any],
+        schedule: Schedule,
+        settings: dict[str, Any],
+        out: Path,
+    ) -> None:
+        """Prepare; a run that lies in the folder is continued.
+
+        Args:
+            module: all its parameters are trained.
+            objective: what is learned.
+            batches: one for each step.
+            schedule: how.
+            settings: everything that must not change when the run goes on.
+            out: folder for checkpoints and the log.
+
+        Raises:
+            TrainingError: the folder holds a run of other settings, or an unknown optimizer.
+        """
+        self.accelerator = Accelerator(mixed_precision="bf16" if torch.cuda.is_available() else "no")
+        self.objective, self.batches, self.schedule, self.out = objective, batches, schedule, out
+        optimizers = _optimizers(module, schedule)
+        self.wrapped, *self.optimizers = self.accelerator.prepare(module, *optimizers)
+        self.module: nn.Module = self.accelerator.unwrap_model(self.wrapped)
+        self.settings = json.loads(json.dumps(settings))
+        self.step = 0
+        self._resume()
+
+    def run(
+        self, report: Callable[[int, dict[str, float]], None], check_every: int = 250, report_every: int = 50
+    ) -> nn.Module:
+        """Train to the end.
+
+        Args:
+            report: is given the step and what was measured.
+            check_every: steps from one validation and checkpoint to the next.
+            report_every: steps from one look at the losses to the next.
+
+        Raises:
+            TrainingError: a loss is no longer a number; the last checkpoint stays.
+        """
+        steps = self.schedule.steps
+        started, first = time.perf_counter(), self.step
+        for batch in self._loader():
+            checks = (self.step + 1) % check_every == 0 or self.step + 1 == steps
+            try:
+                losses = self._train(batch)
+                if checks or (self.step + 1) % report_every == 0:
+                    shown = {name: float(value.detach()) for name, value in losses.items()}
+                    self._check(shown)
+                    shown["steps a second"] = (self.step + 1 - first) / (time.perf_counter() - started)
+                    self._note(report, self.step + 1, shown)
+                self.step += 1
+                if checks:
+                    measured = self.objective.measure(self.module)
+                    self._check(measured)
+                    self._save()
+                    self._note(report, self.step, measured)
+            except CodecError as error:  # what is no number cannot be packed
+                raise self._lost() from error
+        return self.module
+
+    def _loader(self) -> DataLoader[Any]:
+        count, rank = self.accelerator.num_processes, self.accelerator.process_index
+        workers = 4 if self.accelerator.device.type == "cuda" else 0
+        return DataLoader(
+            Subset(self.batches, range(self.step * count + rank, self.schedule.steps * count, count)),
+            batch_size=None,
+            num_workers=workers,
+            prefetch_factor=4 if workers else None,
+        )
+
+    def _train(self, batch: Any) -> dict[str, Tensor]:
+        share = self.schedule.share(self.step)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = share * self.schedule.rate
+        losses = self.objective.losses(self.wrapped, batch, self.step)
+        self.accelerator.backward(losses["total"])
+        self.accelerator.clip_grad_norm_(self.module.parameters(), 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return losses
+
+    def _check(self, figures: dict[str, float]) -> None:
+        if not all(map(math.isfinite, figures.values())):
+            raise self._lost()
+
+    def _lost(self) -> TrainingError:
+        kept = self.out / CHECKPOINT
+        saved = f"the last good checkpoint is {kept}" if kept.exists() else "there is no checkpoint yet"
+        return TrainingError(
+            f"the loss is no longer a number at step {self.step + 1}; {saved}: go on with a smaller rate"
+        )
+
+    def _note(self, report: Callable[[int, dict[str, float]], None], step: int, figures: dict[str, float]) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        self.out.mkdir(parents=True, exist_ok=True)
+        with (self.out / LOG).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **{name: round(value, 5) for name, value in figures.items()}}) + "\n")
+        report(step, figures)
+
+    def _save(self) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        self.out.mkdir(parents=True, exist_ok=True)
+        state = {
+            "step": self.step,
+            "settings": self.settings,
+            "module": self.module.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+        }
+        partial = self.out / "checkpoint.partial"
+        torch.save(state, partial)
+        partial.replace(self.out / CHECKPOINT)
+
+    def _resume(self) -> None:
+        file = self.out / CHECKPOINT
+        if not file.exists():
+            return
+        state = torch.load(file, map_location=self.accelerator.device, weights_only=True)
+        different = [key for key in self.settings if state["settings"].get(key) != self.settings[key]]
+        if different:
+            raise TrainingError(
+                f"{self.out} holds a run with other settings ({', '.join(different)} differ): "
+                "give the same ones again or another folder"
+            )
+        self.module.load_state_dict(state["module"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.step = state["step"]
+
+
+def _optimizers(module: nn.Module, schedule: Schedule) -> list[torch.optim.Optimizer]:
+    matrices = [parameter for parameter in module.parameters() if parameter.dim() == 2]
+    rest = [parameter for parameter in module.parameters() if parameter.dim() != 2]
+    options: dict[str, Any] = {"lr": schedule.rate, "weight_decay": schedule.decay}
+    if schedule.optimizer == "adamw":
+        return [torch.optim.AdamW([*matrices, *rest], betas=(0.9, 0.95), **options)]
+    if schedule.optimizer == "muon":
+        muon = torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **options)
+        return [muon, torch.optim.AdamW(rest, betas=(0.9, 0.95), **options)]
+    raise TrainingError(f"no optimizer {schedule.optimizer!r}; there are muon, adamw")
