@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 import time
@@ -16,6 +17,10 @@ import torch
 from conftest import bundled_lm
 from kvtalk import Link, Plan, bundled
 from kvtalk import packet as wire
+from kvtalk.adapters.halves import receiver_half, sharer_half
+from kvtalk.adapters.store import Party, save_translator
+from kvtalk.adapters.translator import Geometry, Translator
+from kvtalk.alignment.tokens import align, tokenize
 from kvtalk.cache import KVCache, Prefix
 from kvtalk.errors import InputError
 from kvtalk.evaluation.arms import make_arms
@@ -29,6 +34,9 @@ from kvtalk.link import Receiver, Sharer
 from kvtalk.loading import sentence_nats
 from kvtalk.models import LM
 from kvtalk.packet import Packet
+from kvtalk.training.batches import Batches, Example, Recipe
+from kvtalk.training.texts import Texts
+from kvtalk.training.translator import Pair, divergence
 
 pytestmark = pytest.mark.models
 ROOT = Path(__file__).parents[1]
@@ -237,3 +245,60 @@ def test_relevance_compares_with_the_reference_and_the_published_one_with_the_qu
     assert theirs[1] > max(theirs[0], theirs[2])
     with pytest.raises(InputError, match="embedding model '/no/model' could not be loaded"):
         METRICS["relevance"].score(answers, [item] * 3, "/no/model")
+
+
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small translator between the two models that has learned nothing."""
+    sharer, receiver = (bundled_lm(name).spec for name in ("smollm2-135m", "gemma3-270m"))
+    geometry = Geometry(
+        sharer.values_per_token, len(receiver.layers), receiver.values_per_token, width=64, latent=64, bottleneck=8
+    )
+    folder = tmp_path_factory.mktemp("translator")
+    parties = [Party(name, bundled_lm(name).spec.fingerprint) for name in ("smollm2-135m", "gemma3-270m")]
+    save_translator(Translator(geometry), *parties, folder)
+    return folder
+
+
+def test_the_sharer_of_a_translator_loads_no_weight_of_the_receiver(
+    untrained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = samples()[0].context
+    monkeypatch.setattr(bundled, "load", lambda *args: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(LM, "load", lambda *args: pytest.fail("a model was loaded"))
+    sharer = Sharer(bundled_lm("smollm2-135m"), sharer_half(untrained, bundled_lm("smollm2-135m")))
+    blob = sharer.share(text, plan=Plan.parse("int4 width=32")).blob
+    receiver = Receiver(bundled_lm("gemma3-270m"), receiver_half(untrained, bundled_lm("gemma3-270m")))
+    read = receiver.prefix(blob)
+    assert read.length == len(bundled_lm("gemma3-270m").encode(text))
+    assert len(blob) < read.length * (32 / 2 + 4) + 1000
+
+
+@pytest.mark.parametrize("sharer", list(bundled.MODELS))
+def test_real_tokenizers_are_aligned_to_the_character(sharer: str) -> None:
+    """Whatever the text, a receiver token's characters end within the sharer token that it is made of."""
+    receiver = next(name for name in bundled.MODELS if name != sharer)
+    texts = [
+        "Hello  world, naïve 北京 😀👩‍👩‍👧 e\u0301\n\n  unbelievable\ttab",
+        *(item.context for item in samples()[:8]),
+    ]
+    theirs = tokenize(bundled.load_tokenizer(sharer), texts)
+    ours = tokenize(bundled.load_tokenizer(receiver), texts)
+    for one, other in zip(theirs, ours, strict=True):
+        which = align(one, other, "last")
+        assert (which >= 0).all()
+        assert (one.spans[which, 0] < other.spans[:, 1]).all()
+        assert (one.spans[which, 1] >= other.spans[:, 1]).all()
+
+
+@both
+def test_vectors_in_the_texts_place_give_the_texts_logits(name: str) -> None:
+    """What a translator is trained towards is reachable: the receiver's own vectors are worth the text, to float32."""
+    lm = bundled_lm(name)
+    texts = Texts.of([{"text": " ".join(item.context for item in samples()[:40])}])
+    batches = Batches(texts, lm, lm, Recipe(longest=900), 64)
+    batch = batches.of([Example(*texts.passage(random.Random(seed), 700 + 900 * seed, 120)) for seed in range(2)], [])
+    pair = Pair(lm, lm)
+    vectors, wanted = pair.taught(batch, with_logits=True)
+    assert wanted is not None
+    assert float(divergence(pair.student_logits(batch, vectors), wanted)) < 1e-6

@@ -56,6 +56,22 @@ def context(tmp_path: Path) -> Path:
     return file
 
 
+@pytest.fixture(scope="session")
+def translator(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
+    """Trained by the command, for ten steps."""
+    folder = tmp_path_factory.mktemp("translator")
+    texts = folder / "texts.jsonl"
+    rows = [{"context": f"{CONTEXT} Number {n}.", "question": "Who?", "answers": ["Berthe"]} for n in range(300)]
+    texts.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    sizes = ("--steps", 10, "--tokens", 128, "--width", 64, "--latent", 64, "--longest", 400)
+    both = ("--sharer", tiny_folder, "--receiver", tiny_folder)
+    made = in_process("train", "translator", *both, "--data", texts, "--out", folder, *sizes)
+    assert made.returncode == 0, made.stderr
+    again = in_process("train", "translator", *both, "--data", texts, "--out", folder, *sizes, "--rate", 1)
+    refused(again, "other settings", "recipe")
+    return folder
+
+
 @pytest.fixture
 def shared(tmp_path: Path, context: Path, tiny_folder: Path) -> Path:
     file = tmp_path / "cache.kvt"
@@ -96,6 +112,23 @@ def test_two_processes_across_a_file(shared: Path, tiny_folder: Path, context: P
     together = json.loads(kvtalk("ask", "-c", context, "-s", tiny_folder, "-b", "40%", *options, "--no-compare").stdout)
     assert apart["answer"] == together["cache"]["answer"]
     assert apart["bytes"] == together["cache"]["bytes"]
+
+
+def test_a_trained_translator_serves_both_sides(
+    translator: Path, tiny_folder: Path, context: Path, tmp_path: Path
+) -> None:
+    steps = [json.loads(line) for line in (translator / "log.jsonl").read_text("utf-8").splitlines()]
+    assert {"kl text", "kl text wrong", "kl text zeroed", "nll"} <= steps[-1].keys()
+    file = tmp_path / "latents.kvt"
+    sent = in_process("share", "-c", context, "-o", file, "-s", tiny_folder, "-a", translator, "-p", "int8 width=32")
+    assert "plan: int8:token width=32" in sent.stdout
+    options = ("-q", "Who?", "--max-new-tokens", 3, "--json")
+    apart = json.loads(in_process("answer", "--cache", file, "-r", tiny_folder, "-a", translator, *options).stdout)
+    plan = ("-p", "int8 width=32", "--no-compare")
+    together = in_process("ask", "-c", context, "-s", tiny_folder, "-a", translator, *plan, *options)
+    assert apart["answer"] == json.loads(together.stdout)["cache"]["answer"]
+    refused(in_process("answer", "--cache", file, "-r", tiny_folder, *options), "adapter", "load that adapter")
+    assert "latent" in in_process("inspect", file).stdout
 
 
 def test_a_stream_of_parts_reads_like_one_packet(tmp_path: Path, context: Path, tiny_folder: Path) -> None:

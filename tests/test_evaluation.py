@@ -14,7 +14,7 @@ import torch
 
 from conftest import tiny_lm
 from kvtalk import Link, Plan
-from kvtalk.errors import InputError, KVTalkError
+from kvtalk.errors import AdapterError, InputError, KVTalkError
 from kvtalk.evaluation import folder, report, timing
 from kvtalk.evaluation.arms import KINDS, Arm, make_arms
 from kvtalk.evaluation.batch import Batch, Settings
@@ -327,7 +327,7 @@ def test_items_that_are_too_long_are_left_out_and_named(tmp_path: Path) -> None:
 
 def test_another_models_cache_is_refused_before_anything_is_asked(tmp_path: Path) -> None:
     pair = Link(tiny_lm("llama"), tiny_lm("gemma3"))
-    with pytest.raises(InputError, match="does not fit gemma3.*use the arms receiver, sharer, text, relay"):
+    with pytest.raises(AdapterError, match="does not fit gemma3.*kvtalk train translator"):
         run(pair, FREE, few(), make_arms(["receiver", "cache"]), tmp_path, SETTINGS)
     run(pair, FREE, few(), make_arms(["receiver", "sharer", "text", "relay", "routing"]), tmp_path, SETTINGS)
 

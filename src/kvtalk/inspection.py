@@ -16,7 +16,7 @@ def as_dict(packet: Packet) -> dict[str, Any]:
         "bytes": packet.size,
         "overhead_bytes": packet.size - sum(sections.values()),
         "context_tokens": packet.manifest.end - packet.manifest.start,
-        "bits_per_value": round(bits_per_covered_value(packet), 4),
+        "bits_per_value": None if packet.manifest.adapter else round(bits_per_covered_value(packet), 4),
         "layers_sent": packet.layout.sent_layers,
         "sections": sections,
         "manifest": packet.manifest.model_dump(),
@@ -36,7 +36,12 @@ def table(packet: Packet) -> Table:
     tokens = manifest.end - manifest.start
     shown = Table("", "", title=f"kvtalk packet, part {manifest.part[0]} of {manifest.part[1]}", show_header=False)
     shown.add_row("size", f"{packet.size:,} bytes ({packet.size - sum(sections.values())} of them overhead)")
-    shown.add_row("bits per value", f"{bits_per_covered_value(packet):.3f}")
+    if manifest.adapter:
+        width = packet.layout.layers[0].head_dim
+        shown.add_row("latents", f"{width} numbers a token, {packet.size / tokens:.1f} bytes")
+        shown.add_row("adapter", manifest.adapter)
+    else:
+        shown.add_row("bits per value", f"{bits_per_covered_value(packet):.3f}")
     shown.add_row("context", f"{tokens} tokens, positions {manifest.start} to {manifest.end - 1}")
     shown.add_row("kept", f"at most {manifest.longest} tokens a layer")
     sent = packet.layout.sent_layers

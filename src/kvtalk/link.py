@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
@@ -13,10 +14,13 @@ from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 from kvtalk import packet as wire
+from kvtalk.adapters.halves import ReceiverHalf, SharerHalf, both_halves
+from kvtalk.adapters.store import shipped_for
 from kvtalk.cache import KVCache, LayerSource, Prefix
-from kvtalk.errors import BudgetError, InputError
+from kvtalk.errors import AdapterError, BudgetError, InputError
 from kvtalk.models import LM, Generation
-from kvtalk.planning import Budget, Plan, fit
+from kvtalk.planning import Budget, Plan, fit, fit_latent
+from kvtalk.spec import ModelSpec
 
 
 @dataclass(frozen=True)
@@ -79,21 +83,24 @@ class Answer:
 
 
 class Sharer:
-    """The side that reads; holds nothing of the receiver."""
+    """The side that reads; holds no weight and no cache of the receiver."""
 
-    def __init__(self, lm: LM) -> None:
-        self.lm = lm
+    def __init__(self, lm: LM, half: SharerHalf | None = None) -> None:
+        """Join a model and, for a receiver of another kind, its half of an adapter."""
+        self.lm, self.half = lm, half
 
     def read(self, *contexts: str) -> KVCache:
-        """The cache of a context, or of several side by side, one row each.
+        """What may be sent of a context, or of several side by side, one row each: caches, or an adapter's latents.
 
-        The sharer's own head is taken off, and what no later token can attend is left out.
+        The sharer's own head is taken off a cache, and what no later token can attend is left out.
 
         Raises:
             InputError: empty, or longer than the model reads.
         """
         if not contexts or not all(context.strip() for context in contexts):
             raise InputError("the context is empty: give a text to read")
+        if self.half is not None:
+            return self.half.read(contexts)
         head = self.lm.head_ids()
         cache = self.lm.prefill([head + self.lm.encode(context) for context in contexts])
         return cache.since(self.start).attendable(self.lm.spec)
@@ -101,27 +108,41 @@ class Sharer:
     @property
     def start(self) -> int:
         """Position of a context's first token."""
-        return len(self.lm.head_ids())
+        return 0 if self.half is not None else len(self.lm.head_ids())
 
-    def plan(self, cache: KVCache, budget: Budget | str | None, plan: Plan | None, parts: int = 1) -> Plan:
+    def count(self, context: str) -> int:
+        """Tokens of a context at the sharer: what bits per value are counted by."""
+        return len(self.lm.encode(context))
+
+    def plan(self, cache: KVCache, tokens: int, budget: Budget | str | None, plan: Plan | None, parts: int = 1) -> Plan:
         """The plan to use: the given one, or the best that fits the budget.
 
         A plan given together with a budget is kept if it fits, else its tokens are thinned until it does.
 
+        Args:
+            cache: of one context, as :meth:`read` gives it.
+            tokens: of the context, see :meth:`count`.
+            budget: bytes that may cross; None for no limit.
+            plan: what to send and how; None for the best.
+            parts: packets.
+
         Raises:
             BudgetError: nothing fits.
         """
+        given = plan
+        if self.half is not None:
+            plan = self.half.plan(plan)
         if budget is None:
             return plan or Plan()
         if isinstance(budget, str):
             budget = Budget.parse(budget)
-        limit = budget.bytes_for(cache.length[0] - self.start, self.lm.spec)
-
-        start = self.start
+        limit = budget.bytes_for(tokens, self.lm.spec)
 
         def size(candidate: Plan) -> int:
-            return wire.predict(cache, candidate, self.lm.spec, start, parts)
+            return wire.predict(cache, candidate, self._spec(candidate), self.start, parts)
 
+        if self.half is not None and plan is not None:
+            return fit_latent(plan, limit, size, self.half.card.geometry.latent if given is None else None)
         if plan is None:
             return fit(cache, self.lm.spec, limit, size)
         if size(plan) <= limit:
@@ -132,7 +153,13 @@ class Sharer:
 
     def encode(self, cache: KVCache, plan: Plan) -> memoryview:
         """The packet, in memory, of a cache that was read with :meth:`read`."""
-        return wire.encode(cache, plan, self.lm.spec, self.start)
+        return self.encode_rows(cache, [plan])[0]
+
+    def _spec(self, plan: Plan) -> ModelSpec:
+        return self.lm.spec if self.half is None else self.half.spec(plan.width)
+
+    def _cut(self, cache: KVCache, plan: Plan) -> KVCache:
+        return cache if self.half is None else self.half.cut(cache, plan.width)
 
     def encode_rows(self, cache: KVCache, plans: Sequence[Plan]) -> list[memoryview]:
         """A packet of each row; rows whose plans differ only in the tokens they keep are packed in one go."""
@@ -140,7 +167,7 @@ class Sharer:
         for same in {replace(plan, keep=1.0) for plan in plans}:
             rows = [row for row, plan in enumerate(plans) if replace(plan, keep=1.0) == same]
             part = cache if len(rows) == cache.batch else cache.of_rows(rows)
-            made = wire.encode_rows(part, [plans[row] for row in rows], self.lm.spec, self.start)
+            made = wire.encode_rows(self._cut(part, same), [plans[row] for row in rows], self._spec(same), self.start)
             blobs.update(zip(rows, made, strict=True))
         return [blobs[row] for row in range(cache.batch)]
 
@@ -179,7 +206,7 @@ class Sharer:
         """
 
         def pack(cache: KVCache, plan: Plan) -> int:
-            return wire.write(target, cache, plan, self.lm.spec, self.start, parts)
+            return wire.write(target, self._cut(cache, plan), plan, self._spec(plan), self.start, parts)
 
         return self._send(context, budget, plan, parts, pack)
 
@@ -194,18 +221,31 @@ class Sharer:
         """Read, plan, and pack; ``pack`` gives the bytes."""
         with _timed(self.lm) as prefill:
             cache = self.read(context)
+        tokens = self.count(context)
         with _timed(self.lm) as encoding:
-            plan = self.plan(cache, budget, plan, parts)
+            plan = self.plan(cache, tokens, budget, plan, parts)
             size = pack(cache, plan)
-        tokens = cache.length[0] - self.start
         return plan, Cost(size, bits_per_value(size, tokens, self.lm), tokens, prefill(), encoding())
 
 
 class Receiver:
     """The side that answers; never sees the context's text."""
 
-    def __init__(self, lm: LM) -> None:
-        self.lm = lm
+    def __init__(self, lm: LM, half: ReceiverHalf | None = None) -> None:
+        """Join a model and, for a sharer of another kind, its half of the adapter."""
+        self.lm, self.half = lm, half
+
+    def unpack(self, blob: bytes | bytearray | memoryview) -> Prefix:
+        """What a packet, or a stream of packets by layer group, holds: verified, not yet decoded by an adapter.
+
+        Raises:
+            PacketError: damaged, or of another model or adapter.
+        """
+        return wire.prefix(wire.read_stream(blob), self.lm.spec if self.half is None else self.half.spec)
+
+    def decode(self, prefixes: Sequence[Prefix]) -> list[Prefix]:
+        """What was unpacked as caches of this model's own kind."""
+        return list(prefixes) if self.half is None else self.half.decode(prefixes)
 
     def prefix(self, blob: bytes | bytearray | memoryview) -> Prefix:
         """A packet, or a stream of packets by layer group, verified and ready to place.
@@ -213,7 +253,7 @@ class Receiver:
         Raises:
             PacketError: damaged, or of another model.
         """
-        return wire.prefix(wire.read_stream(blob), self.lm.spec)
+        return self.decode([self.unpack(blob)])[0]
 
     def answer(
         self,
@@ -285,23 +325,57 @@ class Receiver:
 
 
 class Link:
-    """A sharer and a receiver of the same model in one process, joined by real packets."""
+    """A sharer and a receiver in one process, joined by real packets.
 
-    def __init__(self, sharer: LM | str, receiver: LM | str, *, dtype: torch.dtype | None = None) -> None:
+    Attributes:
+        sharer: reads.
+        receiver: answers.
+        card: of the adapter between them; None where there is none.
+    """
+
+    def __init__(
+        self,
+        sharer: LM | str,
+        receiver: LM | str,
+        *,
+        adapter: str | Path | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         """Join two models, or names to load them by; a name given twice is loaded once.
 
         Args:
             sharer: reads the context.
             receiver: answers.
+            adapter: folder or hub id; by default none for equal models, else the one that comes with kvtalk, if any.
             dtype: of models that are loaded here; by default what is fast on the device.
 
         Raises:
             ModelError: a model cannot be loaded.
+            AdapterError: an adapter that is not one, or not for this pair.
         """
         read = LM.load(sharer, dtype=dtype) if isinstance(sharer, str) else sharer
         if isinstance(receiver, str):
             receiver = read if receiver == sharer else LM.load(receiver, dtype=dtype)
-        self.sharer, self.receiver = Sharer(read), Receiver(receiver)
+        if adapter is None and read.spec.fingerprint != receiver.spec.fingerprint:
+            adapter = shipped_for(read.spec, receiver.spec)
+        halves = (None, None) if adapter is None else both_halves(adapter, read, receiver)
+        self.card = None if halves[0] is None else halves[0].card
+        self.sharer, self.receiver = Sharer(read, halves[0]), Receiver(receiver, halves[1])
+
+    def check(self) -> None:
+        """Refuse a pair between which no cache can be sent.
+
+        Raises:
+            AdapterError: different models without an adapter; names the command that would train one.
+        """
+        theirs, ours = self.sharer.lm, self.receiver.lm
+        different = theirs.spec.fingerprint.differences(ours.spec.fingerprint)
+        if different and self.card is None:
+            raise AdapterError(
+                f"a cache of {theirs.name} does not fit {ours.name} ({', '.join(different)} differ) and no adapter for "
+                f"the two is at hand; train one: kvtalk train translator --sharer {theirs.name} "
+                f"--receiver {ours.name} --data TEXTS.jsonl --out FOLDER"
+            )
 
     def warm_up(self) -> None:
         """Read both heads and run the kernels once, so that the first question is timed like any other."""
@@ -329,9 +403,17 @@ class Link:
             KVTalkError: the context, question, budget or pair of models cannot be used.
         """
         self.receiver.prompt(question)
+        self.check()
         shared = self.sharer.share(context, budget, plan)
         answer = self.receiver.answer(shared.blob, question, **options)
-        cost = replace(answer.cost, prefill=shared.cost.prefill, encode=shared.cost.encode)
+        sent = shared.cost
+        cost = replace(
+            answer.cost,
+            prefill=sent.prefill,
+            encode=sent.encode,
+            context_tokens=sent.context_tokens,
+            bits_per_value=sent.bits_per_value,
+        )
         return replace(answer, cost=cost, plan=shared.plan)
 
 

@@ -92,7 +92,7 @@ def from_folder(
             f"no model {str(name)!r}: give a folder, a .gguf file, a hub id, or a name from `kvtalk models list`"
         )
     options: dict[str, Any] = {} if revision is None else {"revision": revision}
-    tokenizer = tokenizer or _tokenizer(name, options)
+    tokenizer = tokenizer or load_tokenizer(name, options)
     try:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation="sdpa", **options)
     except Exception as error:  # as above: what is wrong with a folder decides what is raised
@@ -100,9 +100,14 @@ def from_folder(
     return model, tokenizer
 
 
-def _tokenizer(name: str | Path, options: dict[str, Any]) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str | Path, options: dict[str, Any] | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or hub id.
+
+    Raises:
+        ModelError: there is none.
+    """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        tokenizer = AutoTokenizer.from_pretrained(name, **(options or {}))
     except Exception as error:
         raise ModelError(f"{name}: no tokenizer could be loaded ({_first_line(error)})") from error
     # Without its files `transformers` makes an empty tokenizer for some architectures, and says nothing.

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from kvtalk.codecs import codec
+from kvtalk.codecs import NOTHING, codec
 from kvtalk.errors import CodecError, PacketError
 from kvtalk.layout import SECTIONS, LayerLayout, Layout
 
@@ -31,7 +31,8 @@ class Manifest(_Strict):
 
     Attributes:
         v: version of the format.
-        payload: ``cache``: keys and values.
+        payload: ``cache``: keys and values; ``latent``: one vector a token, in the place of the keys of one layer.
+        adapter: identity of the adapter that made a latent; absent in a cache.
         model: the sharer's fingerprint: arch, geometry, rope, tokenizer and weights, joined by colons.
         start: position of the context's first token at the sharer.
         end: the position after its last token.
@@ -47,7 +48,8 @@ class Manifest(_Strict):
     """
 
     v: Literal[1]
-    payload: Literal["cache"]
+    payload: Literal["cache", "latent"]
+    adapter: Digest | None = None
     model: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}(:[0-9a-f]{16}){4}$")]
     start: Count
     end: Count
@@ -69,6 +71,8 @@ class Manifest(_Strict):
         """
         if not self.start < self.end or not 0 < self.longest <= self.end - self.start:
             raise PacketError("end", f"positions {self.start} to {self.end} cannot hold {self.longest} tokens")
+        if (self.payload == "latent") != (self.adapter is not None):
+            raise PacketError("adapter", "a latent names its adapter, a cache has none")
         shapes = [self._layer(shape) for shape in self.shapes]
         counts, which = self.layers[::2], self.layers[1::2]
         if len(counts) != len(which) or sum(counts) > 4096 or max(which) >= len(shapes):
@@ -91,6 +95,8 @@ class Manifest(_Strict):
         if span and not self.start <= first <= first + span <= self.end:
             raise PacketError("shapes", f"{shape} lies outside the context {self.start}..{self.end}")
         layer = LayerLayout(kv_heads, head_dim, first, span, kept, self._codec(keys), self._codec(values))
+        if layer.keys == NOTHING or (layer.values == NOTHING) != (self.payload == "latent"):
+            raise PacketError("codecs", "a cache has keys and values, a latent has no values")
         try:
             layer.check_codecs()
         except CodecError as error:
@@ -108,7 +114,7 @@ class Manifest(_Strict):
 
 def header_bytes(manifest: Manifest | dict[str, Any], layout: Layout) -> bytes:
     """The safetensors header with its length, padded to 8 bytes."""
-    content = manifest if isinstance(manifest, dict) else manifest.model_dump()
+    content = manifest if isinstance(manifest, dict) else manifest.model_dump(exclude_none=True)
     text = canonical(content)
     header: dict[str, Any] = {"__metadata__": {"kvtalk": text, "xxh3": checksum(text.encode())}}
     for name, (begin, end) in layout.section_ranges().items():

@@ -223,11 +223,13 @@ class Packet:
         return Fingerprint(*self.manifest.model.split(":"))
 
     def check_model(self, spec: ModelSpec) -> None:
-        """Refuse a packet of another model.
+        """Refuse a packet of another model or adapter.
 
         Raises:
             PacketError: fingerprints differ; says in what, and what to do.
         """
+        if self.manifest.adapter != spec.adapter:
+            raise PacketError("adapter", _other_adapter(self.manifest.adapter, spec.adapter))
         theirs, ours = self.fingerprint, spec.fingerprint
         different = theirs.differences(ours)
         if different:
@@ -363,8 +365,17 @@ def _check_part(packet: Packet, first: Packet, number: int, covered: int, layers
 
 def _check_shapes(packet: Packet, spec: ModelSpec) -> None:
     for layer, shape in zip(packet.layout.layers, spec.layers[packet.layout.begin :], strict=False):
-        if (layer.kv_heads, layer.head_dim) != (shape.kv_heads, shape.head_dim):
+        narrower = spec.adapter is not None and layer.head_dim <= shape.head_dim
+        if layer.kv_heads != shape.kv_heads or not (narrower or layer.head_dim == shape.head_dim):
             raise PacketError("shapes", "KV heads or head_dim are not those of the model that the packet names")
+
+
+def _other_adapter(theirs: str | None, ours: str | None) -> str:
+    if ours is None:
+        return f"a latent of adapter {theirs}: load that adapter at the receiver"
+    if theirs is None:
+        return "a plain cache, but the receiver was given an adapter: let the sharer use its other half"
+    return f"a latent of adapter {theirs}, the receiver has {ours}: both sides need the same one"
 
 
 def _side_by_side(layers: Sequence[PackedLayer], longest: LayerLayout, name: str) -> Tensor:
@@ -455,7 +466,7 @@ def _about(
     shapes = list(dict.fromkeys(rows))
     return {
         "v": VERSION,
-        "payload": "cache",
+        **({"payload": "cache"} if spec.adapter is None else {"payload": "latent", "adapter": spec.adapter}),
         "model": ":".join(asdict(spec.fingerprint).values()),
         "start": context[0],
         "end": context[1],

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 
 from kvtalk.cache import PADDING, Extent, KVCache, LayerCache
-from kvtalk.codecs import codec, short_name
+from kvtalk.codecs import NOTHING, codec, short_name
 from kvtalk.errors import BudgetError, CacheError, CodecError
 from kvtalk.layout import LayerLayout, Layout
 from kvtalk.selection.layers import select_layers
@@ -107,6 +107,7 @@ class Plan:
         keep: tokens to keep in each layer: a share (float) or a number (int).
         layers: layer policy.
         seed: of the token policy.
+        width: of a latent, how many of its numbers; None for all of them, and for a cache.
     """
 
     keys: str = "bf16"
@@ -116,6 +117,7 @@ class Plan:
     keep: float | int = 1.0
     layers: str = "all"
     seed: int = 0
+    width: int | None = None
 
     @property
     def keeps_all(self) -> bool:
@@ -129,7 +131,7 @@ class Plan:
 
     @classmethod
     def parse(cls, text: str, seed: int = 0) -> Plan:
-        """Read what ``str(plan)`` writes: ``KEYS[/VALUES] [before] [POLICY@KEEP] [layers=LAYERS]``.
+        """Read what ``str(plan)`` writes: ``KEYS[/VALUES] [before] [POLICY@KEEP] [layers=LAYERS] [width=WIDTH]``.
 
         Examples: ``bf16``; ``int4:channel/int4:token before``; ``fp16 value_norm@50% layers=first:15``.
 
@@ -139,24 +141,29 @@ class Plan:
         """
         codecs, *rest = text.split() or [""]
         keys, _, values = codecs.partition("/")
+        if NOTHING in (keys, values):
+            raise CodecError(f"plan {text!r}: keys and values must both be sent")
         plan = cls(keys=str(codec(keys)), values=str(codec(values or keys)), seed=seed)
         for word in rest:
             if word in ("before", "after"):
                 plan = replace(plan, rope="before" if word == "before" else "after")
             elif word.startswith("layers="):
                 plan = replace(plan, layers=word.removeprefix("layers="))
+            elif word.startswith("width=") and word.removeprefix("width=").isdecimal():
+                plan = replace(plan, width=int(word.removeprefix("width=")))
             elif "@" in word:
                 name, _, keep = word.partition("@")
                 plan = replace(plan, tokens=token_policy(name, seed).name, keep=_parse_keep(keep))
             else:
                 raise BudgetError(
-                    f"plan {text!r}: {word!r} is not understood; use KEYS/VALUES, before, POLICY@KEEP, layers=LAYERS"
+                    f"plan {text!r}: {word!r} is not understood; "
+                    "use KEYS/VALUES, before, POLICY@KEEP, layers=LAYERS, width=NUMBERS"
                 )
         return plan
 
     def __str__(self) -> str:
         keys, values = short_name(self.keys), short_name(self.values)
-        parts = [keys if keys == values else f"{keys}/{values}"]
+        parts = [keys if values in (keys, NOTHING) else f"{keys}/{values}"]
         if self.rope == "before":
             parts.append("before")
         if not self.keeps_all:
@@ -164,6 +171,8 @@ class Plan:
             parts.append(f"{self.tokens}@{keep}")
         if self.layers != "all":
             parts.append(f"layers={self.layers}")
+        if self.width is not None:
+            parts.append(f"width={self.width}")
         return " ".join(parts)
 
     def layout(self, extents: Sequence[Extent], spec: ModelSpec) -> Layout:
@@ -257,6 +266,45 @@ def fit(
         f"a budget of {limit:,} bytes is too small: "
         f"the smallest possible packet of this context{codecs} takes {smallest:,} bytes"
     )
+
+
+LATENT_LADDER = ("bf16", "int8", "int4")
+"""Codecs of a whole latent, best first; a smaller budget is met by narrower latents in the last of them."""
+
+_NARROWEST = 16
+
+
+def fit_latent(plan: Plan, limit: int, size: Callable[[Plan], int], latent: int | None) -> Plan:
+    """The plan for latents that takes at most ``limit`` bytes.
+
+    Args:
+        plan: token policy, and where nothing is to be chosen codec and width.
+        limit: bytes.
+        size: the exact bytes of a plan for these latents.
+        latent: numbers of a whole latent, to choose codec and width; None to keep those of the plan.
+
+    Raises:
+        BudgetError: even one token is too large.
+    """
+    candidates = [plan]
+    if latent is not None:
+        narrower = [latent >> shift for shift in range(1, latent.bit_length()) if latent >> shift >= _NARROWEST]
+        rungs = [(name, latent) for name in LATENT_LADDER] + [(LATENT_LADDER[-1], width) for width in narrower]
+        candidates = [replace(plan, keys=str(codec(name)), width=width) for name, width in rungs]
+    for candidate in candidates:
+        if size(candidate) <= limit:
+            return candidate
+    last = candidates[-1]
+    low, high = 0, 1 << 24
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if size(replace(last, keep=middle)) <= limit else (low, middle)
+    if low == 0:
+        raise BudgetError(
+            f"a budget of {limit:,} bytes is too small: "
+            f"the smallest possible packet of this context takes {size(replace(last, keep=1)):,} bytes"
+        )
+    return replace(last, keep=low)
 
 
 def estimate_distortion(cache: KVCache, sample: KVCache, spec: ModelSpec, plan: Plan) -> float:

@@ -76,6 +76,7 @@ class ModelSpec:
         max_positions: the longest sequence it reads.
         fingerprint: what packets carry.
         config: the `transformers` text configuration.
+        adapter: identity of the adapter in whose latent space the cache lies; None for the model's own cache.
     """
 
     layers: tuple[LayerSpec, ...]
@@ -83,6 +84,7 @@ class ModelSpec:
     max_positions: int
     fingerprint: Fingerprint
     config: Any
+    adapter: str | None = None
 
     @cached_property
     def values_per_token(self) -> int:
@@ -118,11 +120,16 @@ def read_spec(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Mod
             arch=str(config.model_type),
             geometry=_digest([f"{x.kv_heads},{x.head_dim},{x.window}".encode() for x in layers]),
             rope=_digest([repr(x.rope and x.rope.frequencies).encode() for x in layers]),
-            tokenizer=_digest([_tokenizer_bytes(tokenizer)]),
+            tokenizer=tokenizer_digest(tokenizer),
             weights=_digest(_weight_bytes(model)),
         ),
         config=config,
     )
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A tokenizer's part of a model's fingerprint."""
+    return _digest([_tokenizer_bytes(tokenizer)])
 
 
 def _refuse_unsupported(config: Any) -> None:

@@ -54,3 +54,20 @@ class FP32(Plain):
     family = "fp32"
     bits = 32
     dtype = torch.float32
+
+
+class Nothing(Codec):
+    """No bytes: for the values of a latent, which has none."""
+
+    family = "none"
+    bits = 0
+
+    @property
+    def scale_bytes(self) -> int:
+        return 0
+
+    def encode(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.empty(*values.shape[:2], 0, dtype=torch.uint8), torch.empty(0, dtype=torch.uint8)
+
+    def decode(self, codes: Tensor, scales: Tensor, out: Tensor) -> None:
+        """Leaves ``out`` as it is."""

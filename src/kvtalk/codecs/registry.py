@@ -7,10 +7,13 @@ from functools import lru_cache
 from kvtalk.codecs.base import Blocks, Codec
 from kvtalk.codecs.integer import Int2, Int4, Int8
 from kvtalk.codecs.nf4 import NF4
-from kvtalk.codecs.plain import BF16, FP16, FP32
+from kvtalk.codecs.plain import BF16, FP16, FP32, Nothing
 from kvtalk.errors import CodecError
 
 CODECS: dict[str, type[Codec]] = {family.family: family for family in (FP32, BF16, FP16, Int8, Int4, Int2, NF4)}
+
+NOTHING = Nothing.family
+"""Name of the codec of what is not sent."""
 
 ALIASES = {"token": Blocks(1, 0), "channel": Blocks(64, 1)}
 """``token``: one scale a head and token. ``channel``: one a head and channel, for every 64 tokens."""
@@ -26,6 +29,8 @@ def codec(text: str) -> Codec:
     Raises:
         CodecError: no such codec or block.
     """
+    if text == NOTHING:
+        return Nothing()
     family, _, block = text.strip().partition(":")
     if family not in CODECS:
         raise CodecError(f"no codec {family!r}; there are {', '.join(CODECS)}")

@@ -132,7 +132,7 @@ class Batch:
         key = (id(sharer), arm.way)
         if self._last is None or self._last[0] != key:
             self._last = None
-            read = self._read(self.link.sharer if sharer is self.link.sharer.lm else Sharer(sharer))
+            read = self._read(self.link.sharer if arm.kind != "self" else Sharer(sharer))
             self._last = key, read.send(arm)
         return self._last[1]
 
@@ -176,13 +176,15 @@ class _Read:
         self.index = {context: row for row, context in enumerate(contexts)}
         self.cache = sharer.read(*contexts)
         self.rows = list(self.cache.rows())
+        self.tokens = [sharer.count(context) for context in contexts]
 
     def send(self, arm: Arm) -> _Sent:
         """A packet of each."""
         if arm.budget is None:
-            plans = [arm.plan or Plan()] * len(self.rows)
+            plans = [self.sharer.plan(self.rows[0], self.tokens[0], None, arm.plan)] * len(self.rows)
         else:
-            plans = [self.sharer.plan(row, arm.budget, arm.plan) for row in self.rows]
+            counted = zip(self.rows, self.tokens, strict=True)
+            plans = [self.sharer.plan(row, tokens, arm.budget, arm.plan) for row, tokens in counted]
         return _Sent(self, self.sharer.encode_rows(self.cache, plans), plans, arm.gaps)
 
 
@@ -205,14 +207,14 @@ class _Sent:
     def bits(self, row: int) -> float:
         """Bits per value of one of them."""
         sharer = self.read.sharer
-        return bits_per_value(len(self.blobs[row]), self.read.cache.length[row] - sharer.start, sharer.lm)
+        return bits_per_value(len(self.blobs[row]), self.read.tokens[row], sharer.lm)
 
     def place(self, receiver: Receiver, room: int, zeroed: bool) -> PlacedCache:
         """All of them before the receiver's prompts."""
-        prefixes = [receiver.prefix(blob) for blob in self.blobs]
+        prefixes = [receiver.unpack(blob) for blob in self.blobs]
         if zeroed:
             prefixes = [replace(prefix, layers=_zeros(prefix)) for prefix in prefixes]
-        return receiver.lm.place([[prefix] for prefix in prefixes], room=room, gaps=self.gaps)
+        return receiver.lm.place([[prefix] for prefix in receiver.decode(prefixes)], room=room, gaps=self.gaps)
 
 
 def _zeros(prefix: Prefix) -> Iterator[LayerCache]:

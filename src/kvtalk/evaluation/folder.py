@@ -34,7 +34,19 @@ from kvtalk.transport.file import saving
 
 LOG = "items.partial.jsonl"
 SHOWN_ITEMS = 8
-_FIXED = ("task", "sharer", "receiver", "prompt", "items", "answer_tokens", "relay_tokens", "dtype", "decoding", "seed")
+_FIXED = (
+    "task",
+    "sharer",
+    "receiver",
+    "adapter",
+    "prompt",
+    "items",
+    "answer_tokens",
+    "relay_tokens",
+    "dtype",
+    "decoding",
+    "seed",
+)
 """What may not change between the starts of one run."""
 
 _ABOUT = ("command", "device", "versions", "started")
@@ -56,6 +68,7 @@ def describe(
         "task": {"name": task.name, "title": task.title, "licence": task.licence, "protocol": protocol.name},
         "sharer": {"name": link.sharer.lm.name, **asdict(link.sharer.lm.spec.fingerprint)},
         "receiver": {"name": lm.name, **asdict(lm.spec.fingerprint)},
+        "adapter": link.card and {"identity": link.card.identity, **asdict(link.card.geometry)},
         "prompt": protocol.prompt_facts(lm),
         "items": {"count": len(items), "xxh3": digest(items), "left_out": list(left_out)},
         "metrics": list(protocol.metrics),

@@ -66,12 +66,10 @@ def run(
     if not items:
         raise InputError(f"every item is longer than {link.receiver.lm.name} or {link.sharer.lm.name} reads")
     check_arms(protocol, items, arms)
-    theirs, ours = link.sharer.lm.spec.fingerprint, link.receiver.lm.spec.fingerprint
-    if theirs != ours and any(arm.kind in TRANSFERS for arm in arms):
-        raise InputError(
-            f"a cache of {link.sharer.lm.name} does not fit {link.receiver.lm.name} "
-            f"({', '.join(theirs.differences(ours))} differ): use the arms receiver, sharer, text, relay, routing"
-        )
+    if any(arm.kind in TRANSFERS for arm in arms):
+        link.check()
+    if link.card is not None and any(arm.kind == "self" for arm in arms):
+        raise InputError("the arm self of a translator is a run of its own: the receiver as its own sharer, adapter")
     manifest = folder.describe(link, protocol, items, sorted(too_long), arms, settings)
     with folder.claimed(out, manifest):
         folder.write_sample(out, protocol, items)

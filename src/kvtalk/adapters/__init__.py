@@ -1,0 +1,1 @@
+"""From the sharer's space into the receiver's."""

@@ -1,0 +1,175 @@
+"""The two halves of a translator at work: one beside the sharer, one beside the receiver."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from kvtalk import bundled
+from kvtalk.adapters.store import Card, load_decoder, load_encoder, read_card
+from kvtalk.adapters.translator import Decoder, Encoder, pair
+from kvtalk.adapters.vectors import from_vectors, lead, to_vectors
+from kvtalk.alignment.tokens import tokenize
+from kvtalk.cache import PADDING, KVCache, LayerCache, LayerSource, Prefix
+from kvtalk.codecs import NOTHING
+from kvtalk.errors import AdapterError
+from kvtalk.loading import load_tokenizer
+from kvtalk.models import LM
+from kvtalk.planning import Plan
+from kvtalk.spec import LayerSpec, ModelSpec
+
+
+class SharerHalf:
+    """Encodes the sharer's cache; holds the receiver's tokenizer and nothing else of the receiver.
+
+    Attributes:
+        card: of the adapter.
+    """
+
+    def __init__(self, card: Card, encoder: Encoder, lm: LM, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Put an encoder beside the sharer.
+
+        Args:
+            card: of the adapter.
+            encoder: its sharer's half.
+            lm: the sharer.
+            tokenizer: the receiver's.
+
+        Raises:
+            AdapterError: the sharer or the tokenizer is not the one that the adapter was trained with.
+        """
+        card.check("sharer", lm.spec)
+        card.check_tokenizer(tokenizer)
+        self.card, self.lm, self.tokenizer = card, lm, tokenizer
+        self.encoder = encoder.to(lm.device).eval()
+
+    @torch.inference_mode()
+    def read(self, contexts: Sequence[str]) -> KVCache:
+        """Latents of contexts: a cache of one layer, each token's latent in the place of its key.
+
+        Positions are those of the receiver's tokens, from 0.
+        """
+        head = lead(self.lm)
+        theirs, ours = tokenize(self.lm.tokenizer, contexts), tokenize(self.tokenizer, contexts)
+        cache, _ = self.lm.read_whole([head + one.ids for one in theirs])
+        vectors = to_vectors(cache, self.lm.spec, len(head)).float()
+        latents = self.encoder(vectors, pair(theirs, ours).to(self.lm.device))
+        counts = torch.tensor([len(one.ids) for one in ours])
+        steps = torch.arange(latents.shape[1])
+        positions = torch.where(steps < counts[:, None], steps, PADDING)
+        latents = latents[:, None]
+        return KVCache((LayerCache(latents, latents, positions),), tuple(counts.tolist()))
+
+    def plan(self, plan: Plan | None) -> Plan:
+        """What of a plan applies to latents: their width, one codec, and which tokens.
+
+        Raises:
+            AdapterError: a latent has not so many numbers.
+        """
+        plan = plan or Plan()
+        width = plan.width or self.card.geometry.latent
+        if width > self.card.geometry.latent:
+            raise AdapterError(f"width {width}: a latent of this adapter has {self.card.geometry.latent} numbers")
+        return replace(plan, values=NOTHING, rope="after", layers="all", width=width)
+
+    def spec(self, width: int | None) -> ModelSpec:
+        """Geometry of latents of a width."""
+        return _latent_spec(self.card, self.lm.spec, width)
+
+    def cut(self, latents: KVCache, width: int | None) -> KVCache:
+        """The first numbers of each latent."""
+        layer = latents.layers[0]
+        cut = layer.keys[..., :width]
+        return replace(latents, layers=(LayerCache(cut, cut, layer.positions),))
+
+
+class ReceiverHalf:
+    """Decodes latents into the receiver's cache.
+
+    Attributes:
+        card: of the adapter.
+    """
+
+    def __init__(self, card: Card, decoder: Decoder, lm: LM) -> None:
+        """Put a decoder beside the receiver.
+
+        Raises:
+            AdapterError: the receiver is not the one that the adapter was trained with.
+        """
+        card.check("receiver", lm.spec)
+        self.card, self.lm = card, lm
+        self.decoder = decoder.to(lm.device).eval()
+        self.spec = _latent_spec(card, replace(lm.spec, fingerprint=card.sharer.fingerprint), None)
+
+    @torch.inference_mode()
+    def decode(self, prefixes: Sequence[Prefix]) -> list[Prefix]:
+        """Latents, unpacked, as prefixes of the receiver's own kind."""
+        found = [_latents(prefix, self.lm.device) for prefix in prefixes]
+        made: list[Prefix | None] = [None] * len(found)
+        for width in {latents.shape[2] for latents, _ in found}:
+            rows = [row for row, (latents, _) in enumerate(found) if latents.shape[2] == width]
+            counts = torch.tensor([found[row][0].shape[1] for row in rows])
+            padded = torch.nn.utils.rnn.pad_sequence([found[row][0][0] for row in rows], batch_first=True)
+            vectors = self.decoder(padded).to(self.lm.spec.dtype)
+            for row, cache in zip(rows, from_vectors(vectors, counts, self.lm.spec).rows(), strict=True):
+                made[row] = _at(cache, found[row][1], prefixes[row])
+        return [prefix for prefix in made if prefix is not None]
+
+
+def both_halves(name: str | Path, sharer: LM, receiver: LM) -> tuple[SharerHalf, ReceiverHalf]:
+    """An adapter's halves beside their models, in one process.
+
+    Raises:
+        AdapterError: not an adapter, damaged, or not for these models.
+    """
+    card, folder = read_card(name)
+    encoder, decoder = load_encoder(card, folder), load_decoder(card, folder)
+    return SharerHalf(card, encoder, sharer, receiver.tokenizer), ReceiverHalf(card, decoder, receiver)
+
+
+def sharer_half(name: str | Path, sharer: LM) -> SharerHalf:
+    """The sharer's half alone, with the receiver's tokenizer loaded by the name on the card.
+
+    Raises:
+        AdapterError: not an adapter, damaged, or not for this sharer.
+        ModelError: the receiver's tokenizer cannot be loaded.
+    """
+    card, folder = read_card(name)
+    known = card.receiver.name in bundled.MODELS
+    tokenizer = (bundled.load_tokenizer if known else load_tokenizer)(card.receiver.name)
+    return SharerHalf(card, load_encoder(card, folder), sharer, tokenizer)
+
+
+def receiver_half(name: str | Path, receiver: LM) -> ReceiverHalf:
+    """The receiver's half alone.
+
+    Raises:
+        AdapterError: not an adapter, damaged, or not for this receiver.
+    """
+    card, folder = read_card(name)
+    return ReceiverHalf(card, load_decoder(card, folder), receiver)
+
+
+def _latent_spec(card: Card, spec: ModelSpec, width: int | None) -> ModelSpec:
+    layer = LayerSpec(1, width or card.geometry.latent, None, None)
+    return replace(spec, layers=(layer,), adapter=card.identity)
+
+
+def _latents(prefix: Prefix, device: torch.device) -> tuple[Tensor, Tensor]:
+    """One sequence's latents ``[1, tokens, width]`` and the positions of its tokens ``[1, tokens]``."""
+    layer: LayerSource = next(iter(prefix.layers))
+    size = (1, 1, layer.positions.shape[1], layer.shape[1])
+    latents = torch.empty(size, dtype=torch.float32, device=device)
+    layer.keys_into(latents)
+    return latents[:, 0], layer.positions
+
+
+def _at(cache: KVCache, positions: Tensor, prefix: Prefix) -> Prefix:
+    """A decoded cache at the positions that its latents had."""
+    layers = tuple(replace(layer, positions=positions) for layer in cache.layers)
+    return Prefix(layers, prefix.start, prefix.length, positions.shape[1], cache.rotated)

@@ -1,0 +1,306 @@
+"""Translators: what crosses, what is refused, how they are stored, and how they are trained."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from conftest import byte_tokenizer, random_cache, tiny_lm
+from kvtalk import Link, Plan, Receiver, Sharer
+from kvtalk.adapters.halves import both_halves, receiver_half, sharer_half
+from kvtalk.adapters.store import CARD, Party, load_decoder, load_encoder, read_card, save_translator
+from kvtalk.adapters.translator import Geometry, Translator, pair
+from kvtalk.adapters.vectors import from_vectors, to_vectors
+from kvtalk.alignment.tokens import tokenize
+from kvtalk.errors import AdapterError, AlignmentError, CacheError, PacketError, TrainingError
+from kvtalk.models import LM
+from kvtalk.packet import Packet
+from kvtalk.training.batches import Batches, Recipe
+from kvtalk.training.loop import Schedule
+from kvtalk.training.texts import Texts
+from kvtalk.training.translator import Pair, divergence, training
+
+CONTEXT = "The ferry was built in 1931 by the Harlow yard; naïve people call it 北京 😀."
+OTHER = "Mara Oduya opened her bakery in the old mill."
+RECIPE = Recipe(Schedule(8, warm_up=2), tokens=256, widths=(16, 32), seed=3, longest=400)
+
+
+def geometry(sharer: LM, receiver: LM) -> Geometry:
+    return Geometry(
+        sharer.spec.values_per_token,
+        len(receiver.spec.layers),
+        receiver.spec.values_per_token,
+        width=64,
+        latent=64,
+        decoder_blocks=1,
+        bottleneck=8,
+    )
+
+
+@pytest.fixture(scope="module")
+def models() -> tuple[LM, LM]:
+    return tiny_lm("llama"), tiny_lm("gemma3")
+
+
+@pytest.fixture(scope="module")
+def folder(models, tmp_path_factory):
+    """An adapter that was never trained, but whose every weight matters."""
+    torch.manual_seed(0)
+    translator = Translator(geometry(*models))
+    with torch.no_grad():
+        for parameter in translator.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    out = tmp_path_factory.mktemp("adapter")
+    save_translator(translator, *(Party(lm.name, lm.spec.fingerprint) for lm in models), out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def texts() -> Texts:
+    rows = [{"context": f"{CONTEXT} It has number {n}.", "question": "Which?", "answers": [f"{n}"]} for n in range(400)]
+    return Texts.of(rows)
+
+
+def test_vectors_hold_every_key_and_value_of_every_token(models):
+    for lm in models:
+        ids = [list(range(3, 30)), list(range(9, 20))]
+        cache, hidden = lm.read_whole(ids)
+        assert torch.allclose(lm.head_of(hidden[0, -1]), lm.model(torch.tensor(ids[:1])).logits[0, -1], atol=1e-4)
+        vectors = to_vectors(cache, lm.spec, start=2)
+        assert vectors.shape == (2, 25, lm.spec.values_per_token)
+        back = from_vectors(vectors, torch.tensor([25, 9]), lm.spec)
+        for row in range(2):
+            own = cache.row(row).since(2).unrotated(lm.spec)
+            for got, layer in zip(back.row(row).layers, own.layers, strict=True):
+                torch.testing.assert_close(got.keys, layer.keys)
+                torch.testing.assert_close(got.values, layer.values)
+
+
+def test_a_cache_that_lacks_tokens_has_no_vectors(models):
+    lm = models[1]
+    with pytest.raises(CacheError, match="read_whole"):
+        to_vectors(lm.prefill([list(range(3, 40))]), lm.spec, start=0)
+    with pytest.raises(CacheError):
+        to_vectors(random_cache(lm.spec, 8, start=4), lm.spec, start=0)
+
+
+def test_a_receiver_token_is_made_of_the_sharer_token_at_its_end():
+    tokens = tokenize(byte_tokenizer(), [CONTEXT])
+    found = pair(tokens, tokens)
+    assert (tokens[0].spans[found.index[0]][:, 1] == tokens[0].spans[:, 1]).all()
+    with pytest.raises(AlignmentError, match="same text"):
+        pair(tokenize(byte_tokenizer(), [""]), tokens)
+
+
+def test_only_latents_cross_and_the_answer_follows_from_them(models, folder):
+    link = Link(*models, adapter=folder)
+    shared = link.sharer.share(CONTEXT)
+    packet = Packet.parse(shared.blob)
+    assert packet.manifest.payload == "latent"
+    assert packet.manifest.adapter == link.card.identity
+    assert len(shared.blob) < 64 * 2 * len(CONTEXT.encode()) + 1200
+    first, again, other = (
+        link.receiver.lm.logits(
+            [[5, 6]], link.receiver.lm.place([[link.receiver.prefix(link.sharer.share(text).blob)]])
+        )
+        for text in (CONTEXT, CONTEXT, OTHER)
+    )
+    assert torch.equal(first, again)
+    assert (first - other).abs().max() > 1e-3
+    cost = link.ask(CONTEXT, "What?").cost
+    assert cost.context_tokens == link.sharer.count(CONTEXT)
+    assert cost.bits_per_value == 8 * cost.bytes / (cost.context_tokens * models[0].spec.values_per_token)
+
+
+def test_halves_work_apart(models, folder, tmp_path):
+    sharer = Sharer(models[0], both_halves(folder, *models)[0])
+    blob = bytes(sharer.share(CONTEXT).blob)
+    receiver = Receiver(models[1], receiver_half(folder, models[1]))
+    assert receiver.answer(blob, "What?").text == Link(*models, adapter=folder).ask(CONTEXT, "What?").text
+
+
+def test_several_contexts_are_encoded_and_decoded_as_each_alone(models, folder):
+    link = Link(*models, adapter=folder)
+    sharer, receiver = link.sharer, link.receiver
+    plan = sharer.plan(sharer.read(CONTEXT), 10, None, Plan.parse("int4 width=32"))
+    together = sharer.encode_rows(sharer.read(CONTEXT, OTHER), [plan, plan])
+    alone = [sharer.encode(sharer.read(text), plan) for text in (CONTEXT, OTHER)]
+    for one, other in zip(together, alone, strict=True):
+        assert len(one) == len(other)
+    both = receiver.decode([receiver.unpack(blob) for blob in together])
+    for prefix, blob in zip(both, together, strict=True):
+        for got, expected in zip(prefix.layers, receiver.prefix(blob).layers, strict=True):
+            torch.testing.assert_close(got.keys, expected.keys, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("plan", ["bf16", "int8 width=32", "int4 width=16", "int2 front@50% width=32", "fp32 random@7"])
+def test_plans_say_width_codec_and_tokens(models, folder, plan):
+    link = Link(*models, adapter=folder)
+    cache = link.sharer.read(CONTEXT)
+    used = link.sharer.plan(cache, link.sharer.count(CONTEXT), None, Plan.parse(plan))
+    shared = link.sharer.share(CONTEXT, plan=Plan.parse(plan))
+    layout = Packet.parse(shared.blob).layout.layers[0]
+    assert (layout.head_dim, layout.values) == (used.width, "none")
+    assert Plan.parse(str(used)).width == used.width
+    link.receiver.answer(shared.blob, "What?", max_new_tokens=2)
+
+
+def test_budgets_are_kept(models, folder):
+    link = Link(*models, adapter=folder)
+    sizes = []
+    for budget in ("8KB", "4KB", "2500", "1800", "1200"):
+        shared = link.sharer.share(CONTEXT, budget=budget)
+        assert len(shared.blob) <= int(budget.replace("KB", "000"))
+        sizes.append(len(shared.blob))
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_wrong_packets_and_adapters_are_refused(models, folder, tmp_path):
+    blob = Link(*models, adapter=folder).sharer.share(CONTEXT).blob
+    with pytest.raises(PacketError, match="load that adapter"):
+        Receiver(models[1]).answer(blob, "What?")
+    plain = Sharer(models[0]).share(CONTEXT).blob
+    receiver = Receiver(models[1], receiver_half(folder, models[1]))
+    with pytest.raises(PacketError, match="other half"):
+        receiver.answer(plain, "What?")
+    with pytest.raises(AdapterError, match="sharer is llama"):
+        Link(models[1], models[0], adapter=folder)
+    with pytest.raises(AdapterError, match="kvtalk train translator --sharer llama"):
+        Link(*models).ask(CONTEXT, "What?")
+    with pytest.raises(AdapterError, match="a latent of this adapter has 64"):
+        Link(*models, adapter=folder).ask(CONTEXT, "What?", plan=Plan.parse("bf16 width=65"))
+    other = tmp_path / "other"
+    save_translator(Translator(geometry(*models)), *(Party(lm.name, lm.spec.fingerprint) for lm in models), other)
+    with pytest.raises(PacketError, match="both sides need the same"):
+        Receiver(models[1], receiver_half(other, models[1])).answer(blob, "What?")
+
+
+def test_the_sharer_needs_the_receivers_tokenizer(models, folder):
+    from kvtalk.adapters.halves import SharerHalf
+
+    card, where = read_card(folder)
+    odd = byte_tokenizer()
+    odd.backend_tokenizer.add_tokens(["ferry"])
+    with pytest.raises(AdapterError, match="tokenizer of gemma3"):
+        SharerHalf(card, load_encoder(card, where), models[0], odd)
+    with pytest.raises(Exception, match="gemma3"):
+        sharer_half(folder, models[0])  # a name that cannot be loaded is named
+
+
+def test_damaged_adapters_are_refused(models, folder, tmp_path):
+    with pytest.raises(AdapterError, match="folder or a hub id"):
+        read_card(tmp_path / "nothing")
+    card, _ = read_card(folder)
+    (tmp_path / CARD).write_text((folder / CARD).read_text())
+    with pytest.raises(AdapterError, match="missing"):
+        load_decoder(card, tmp_path)
+    (tmp_path / "decoder.safetensors").write_bytes((folder / "decoder.safetensors").read_bytes()[:-1])
+    with pytest.raises(AdapterError, match="damaged"):
+        load_decoder(card, tmp_path)
+    (tmp_path / CARD).write_text("{}")
+    with pytest.raises(AdapterError, match="not an adapter"):
+        read_card(tmp_path)
+
+
+@pytest.mark.parametrize("packing", [None, "nf4:1x64", "int8:1x64"])
+def test_stored_matrices_come_back(models, tmp_path, packing):
+    torch.manual_seed(1)
+    shape = dataclasses.replace(geometry(*models), bottleneck=64)
+    translator = Translator(shape)
+    parties = [Party(lm.name, lm.spec.fingerprint) for lm in models]
+    card = save_translator(translator, *parties, tmp_path, packing)
+    loaded = load_encoder(*read_card(tmp_path))
+    tolerance = {None: 0.005, "nf4:1x64": 0.16, "int8:1x64": 0.01}[packing]
+    for (name, got), expected in zip(
+        loaded.state_dict().items(), translator.encoder.state_dict().values(), strict=True
+    ):
+        assert (got - expected).abs().max() <= tolerance * expected.abs().max() + 1e-6, name
+    assert json.loads((tmp_path / CARD).read_text())["weights"] == card.weights
+
+
+def test_the_receivers_own_vectors_are_as_good_as_the_text(models, texts):
+    for lm in models:
+        both = Pair(lm, lm)
+        for batch in Batches(texts, lm, lm, RECIPE, 64).checks(3):
+            vectors, wanted = both.taught(batch, True)
+            got = both.student_logits(batch, vectors)
+            assert float(divergence(got, wanted)) < 1e-6
+
+
+@pytest.fixture
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("deterministic")
+def test_training_goes_down_keeps_the_models_and_resumes_to_the_same_losses(models, texts, tmp_path):
+    before = [{name: value.clone() for name, value in lm.model.state_dict().items()} for lm in models]
+    recipe = dataclasses.replace(RECIPE, schedule=Schedule(24, warm_up=2))
+
+    def losses(out, until):
+        seen = {}
+        run = training(*models, texts, geometry(*models), recipe, out)
+        run.objective.checks = run.objective.checks[:1]
+
+        class StopError(Exception):
+            pass
+
+        def report(step, shown):
+            seen[step] = shown
+            if step == until < recipe.schedule.steps and any(name.startswith("kl") for name in shown):
+                raise StopError
+
+        with pytest.raises(StopError) if until < recipe.schedule.steps else _nothing():
+            run.run(report, check_every=6, report_every=6)
+        return seen
+
+    whole = losses(tmp_path / "whole", 24)
+    assert whole[6]["mse text"] > whole[24]["mse text"]
+    losses(tmp_path / "cut", 12)
+    resumed = losses(tmp_path / "cut", 24)
+    assert 6 not in resumed
+    assert resumed[24]["kl text"] == whole[24]["kl text"]
+    for lm, state in zip(models, before, strict=True):
+        assert all(torch.equal(value, state[name]) for name, value in lm.model.state_dict().items())
+    with pytest.raises(TrainingError, match="other settings"):
+        training(*models, texts, geometry(*models), dataclasses.replace(recipe, tokens=99), tmp_path / "whole")
+
+
+def test_a_loss_that_is_no_number_stops_training_and_keeps_the_last_checkpoint(models, texts, tmp_path):
+    run = training(*models, texts, geometry(*models), RECIPE, tmp_path)
+    run.objective.checks = run.objective.checks[:1]
+
+    def report(step, shown):
+        if step == 5:
+            run.module.encoder.inward.weight.data.fill_(torch.nan)
+
+    with pytest.raises(TrainingError, match="no longer a number at step"):
+        run.run(report, check_every=4, report_every=1)
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert state["step"] == 4
+    assert all(torch.isfinite(value).all() for value in state["module"].values())
+
+
+def test_texts_that_cannot_be_used_are_refused(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text(json.dumps({"words": "x"}))
+    with pytest.raises(TrainingError, match="row 1 has words"):
+        Texts.load([str(file)])
+    file.write_text(json.dumps({"text": "short"}))
+    with pytest.raises(TrainingError, match="too few"):
+        Texts.load([str(file)])
+
+
+def test_no_context_is_trained_on_and_validated_on(texts):
+    training, kept_back = texts.split(0.1)
+    assert not {q.context for q in training.questions} & {q.context for q in kept_back.questions}
+    assert all(question.context not in training.plain for question in kept_back.questions)
+
+
+def _nothing():
+    from contextlib import nullcontext
+
+    return nullcontext()
