@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from kvtalk import bundled
-from kvtalk.adapters.store import Card, load_decoder, load_encoder, read_card
+from kvtalk.adapters.store import Card, Half, load_decoder, load_encoder, read_card
 from kvtalk.adapters.translator import Decoder, Encoder, pair
 from kvtalk.adapters.vectors import from_vectors, lead, to_vectors
 from kvtalk.alignment.tokens import tokenize
@@ -46,7 +46,7 @@ class SharerHalf:
         card.check("sharer", lm.spec)
         card.check_tokenizer(tokenizer)
         self.card, self.lm, self.tokenizer = card, lm, tokenizer
-        self.encoder = encoder.to(lm.device).eval()
+        self.encoder = _ready(encoder, lm)
 
     @torch.inference_mode()
     def read(self, contexts: Sequence[str]) -> KVCache:
@@ -103,7 +103,7 @@ class ReceiverHalf:
         """
         card.check("receiver", lm.spec)
         self.card, self.lm = card, lm
-        self.decoder = decoder.to(lm.device).eval()
+        self.decoder = _ready(decoder, lm)
         self.spec = _latent_spec(card, replace(lm.spec, fingerprint=card.sharer.fingerprint), None)
 
     @torch.inference_mode()
@@ -153,6 +153,14 @@ def receiver_half(name: str | Path, receiver: LM) -> ReceiverHalf:
     """
     card, folder = read_card(name)
     return ReceiverHalf(card, load_decoder(card, folder), receiver)
+
+
+def _ready(half: Half, lm: LM) -> Half:
+    """Beside its model: matrices in the model's type, everything else in float32."""
+    for parameter in half.parameters():
+        if parameter.dim() > 1:
+            parameter.data = parameter.data.to(lm.spec.dtype)
+    return half.to(lm.device).eval()
 
 
 def _latent_spec(card: Card, spec: ModelSpec, width: int | None) -> ModelSpec:

@@ -118,14 +118,19 @@ class Block(nn.Module):
 
     def forward(self, hidden: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
         """``[batch, tokens, width]``, right-padded if at all; ``turn`` as made by :func:`turns`."""
-        queries, keys, values = (
-            self.qkv(self.norm_attention(hidden)).unflatten(2, (3, -1, HEAD)).permute(2, 0, 3, 1, 4).unbind(0)
-        )
+        mixed = _linear(self.qkv, self.norm_attention(hidden)).view(*hidden.shape[:2], 3, -1, HEAD)
+        queries, keys, values = mixed.permute(2, 0, 3, 1, 4).unbind(0)
         mixed = F.scaled_dot_product_attention(_turned(queries, turn), _turned(keys, turn), values, is_causal=True)
-        hidden = hidden + self.out(mixed.transpose(1, 2).flatten(2))
-        gate, up = self.up(self.norm_mlp(hidden)).chunk(2, dim=2)
-        changed: Tensor = hidden + self.down(F.silu(gate) * up)
-        return changed
+        hidden = hidden + _linear(self.out, mixed.transpose(1, 2).flatten(2))
+        gate, up = _linear(self.up, self.norm_mlp(hidden)).chunk(2, dim=2)
+        return hidden + _linear(self.down, F.silu(gate) * up)
+
+
+def _linear(layer: nn.Module, inputs: Tensor) -> Tensor:
+    """A layer whose matrix may be in another type than what comes in."""
+    assert isinstance(layer, nn.Linear)
+    outputs: Tensor = layer(inputs.to(layer.weight.dtype))
+    return outputs
 
 
 def turns(tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -170,13 +175,12 @@ class Encoder(nn.Module):
         Returns:
             ``[batch, receiver tokens, latent]``, float32.
         """
-        hidden = self.inward((vectors - self.mean) / self.scale).float()
+        hidden = _linear(self.inward, (vectors - self.mean) / self.scale).float()
         hidden = _through(self.sharer_blocks, hidden)
         hidden = hidden.gather(1, pairing.index[:, :, None].expand(-1, -1, hidden.shape[2]))
         for number, table in enumerate(self.place):
             hidden = hidden + table[pairing.place[:, :, number]]
-        latents: Tensor = self.latent(self.norm(_through(self.blocks, hidden)))
-        return latents.float()
+        return _linear(self.latent, self.norm(_through(self.blocks, hidden))).float()
 
 
 class Decoder(nn.Module):
@@ -193,7 +197,7 @@ class Decoder(nn.Module):
         self.latent = nn.Linear(geometry.latent, width, bias=False)
         self.blocks = _blocks(geometry, geometry.decoder_blocks)
         self.norm = nn.RMSNorm(width)
-        self.outward = nn.Linear(width, values)
+        self.outward = nn.Linear(width, values, bias=False)
         self.down = nn.Linear(width, layers * geometry.bottleneck, bias=False)
         self.up = nn.Parameter(torch.zeros(layers, geometry.bottleneck, values // layers))
 
@@ -210,12 +214,12 @@ class Decoder(nn.Module):
 
     def standardised(self, latents: Tensor) -> Tensor:
         """The same, each channel with mean 0 and deviation 1 over ordinary text."""
-        hidden = F.linear(latents, self.latent.weight[:, : latents.shape[2]]).float()
+        weight = self.latent.weight[:, : latents.shape[2]]
+        hidden = F.linear(latents.to(weight.dtype), weight).float()
         hidden = self.norm(_through(self.blocks, hidden))
-        narrow = F.silu(self.down(hidden)).view(*hidden.shape[:2], len(self.up), -1)
+        narrow = F.silu(_linear(self.down, hidden)).view(*hidden.shape[:2], len(self.up), -1)
         curved = torch.einsum("btlh,lhv->btlv", narrow, self.up).flatten(2)
-        standard: Tensor = self.outward(hidden) + curved
-        return standard.float()
+        return (_linear(self.outward, hidden) + curved).float()
 
 
 class Translator(nn.Module):
