@@ -22,6 +22,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from kvtalk import bundled
 from kvtalk.cache import PADDING, KVCache, Prefix
+from kvtalk.device import sent
 from kvtalk.errors import InputError, ModelError
 from kvtalk.loading import bos, default_dtype, from_folder, from_gguf
 from kvtalk.placement import PlacedCache, attending, place
@@ -170,7 +171,7 @@ class LM:
         counts = (positions != PADDING).sum(dim=1, keepdim=True)
         steps = torch.arange(positions.shape[1])
         cache = DynamicCache()
-        output = self.model.get_decoder()(input_ids=ids.to(self.device), past_key_values=cache, use_cache=True)
+        output = self.model.get_decoder()(input_ids=sent(ids, self.device), past_key_values=cache, use_cache=True)
         positions = torch.where(steps < counts, steps, PADDING)
         return KVCache.from_transformers(cache, positions), torch.as_tensor(output.last_hidden_state)
 

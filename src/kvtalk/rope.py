@@ -8,6 +8,7 @@ angle of a late position would lose its low bits. (RoFormer, arXiv 2104.09864; l
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -88,6 +89,31 @@ def rotate(keys: Tensor, angles: Angles, out: Tensor | None = None) -> Tensor:
         turned = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)
         out[:, :, part, :half], out[:, :, part, half : 2 * half] = turned
     return out
+
+
+def rotate_layers(
+    keys: Sequence[Tensor], ropes: Sequence[Rope | None], positions: Tensor, inverse: bool = False
+) -> list[Tensor]:
+    """Rotate the keys of several layers, those of one shape with the same frequencies in one go.
+
+    Args:
+        keys: of each layer, ``[batch, kv_heads, tokens, head_dim]``.
+        ropes: of each layer; None leaves it as it is.
+        positions: ``[tokens]``, the same for all rows, on the device of the keys.
+        inverse: take the rotation off.
+    """
+    groups: dict[tuple[Rope, torch.Size], list[int]] = {}
+    for index, (layer, rope) in enumerate(zip(keys, ropes, strict=True)):
+        if rope is not None:
+            groups.setdefault((rope, layer.shape), []).append(index)
+    turned = list(keys)
+    for (rope, _), which in groups.items():
+        angles = rope.angles(positions)
+        joined = torch.cat([keys[index] for index in which])
+        parts = rotate(joined, angles.inverse() if inverse else angles).chunk(len(which))
+        for index, part in zip(which, parts, strict=True):
+            turned[index] = part
+    return turned
 
 
 class AngleTable:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from kvtalk.alignment.tokens import Tokenized, align, ranges
 from kvtalk.codecs import codec
+from kvtalk.device import sent
 from kvtalk.errors import AlignmentError
 
 HEAD = 64
@@ -69,7 +70,7 @@ class Pairing:
 
     def to(self, device: torch.device | str) -> Pairing:
         """On another device."""
-        return Pairing(self.index.to(device, non_blocking=True), self.place.to(device, non_blocking=True))
+        return Pairing(sent(self.index, device), sent(self.place, device))
 
 
 def pair(sharer: list[Tokenized], receiver: list[Tokenized]) -> Pairing:

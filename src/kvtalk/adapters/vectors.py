@@ -11,7 +11,7 @@ from kvtalk.cache import PADDING, KVCache, LayerCache
 from kvtalk.errors import CacheError
 from kvtalk.loading import bos
 from kvtalk.models import LM
-from kvtalk.rope import Angles, Rope, rotate
+from kvtalk.rope import rotate_layers
 from kvtalk.spec import ModelSpec
 
 
@@ -43,16 +43,11 @@ def to_vectors(cache: KVCache, spec: ModelSpec, start: int) -> Tensor:
     for positions in {id(layer.positions): layer.positions for layer in cache.layers}.values():
         if positions.shape[1] != longest or not bool(((positions == steps) | (positions == PADDING)).all()):
             raise CacheError("a layer lacks tokens of the context: read it with read_whole()")
-    there = cache.layers[0].keys.device
-    by_rope: dict[Rope, Angles] = {}
-    parts = []
-    for layer, shape in zip(cache.layers, spec.layers, strict=True):
-        keys = layer.keys[:, :, start:]
-        if shape.rope is not None:
-            if shape.rope not in by_rope:
-                by_rope[shape.rope] = shape.rope.angles(steps[start:].to(there)).inverse()
-            keys = rotate(keys, by_rope[shape.rope])
-        parts += [keys, layer.values[:, :, start:]]
+    there = steps[start:].to(cache.layers[0].keys.device)
+    ropes = [shape.rope for shape in spec.layers]
+    keys = rotate_layers([layer.keys[:, :, start:] for layer in cache.layers], ropes, there, inverse=True)
+    values = [layer.values[:, :, start:] for layer in cache.layers]
+    parts = [part for both in zip(keys, values, strict=True) for part in both]
     return torch.cat([part.transpose(1, 2).flatten(2) for part in parts], dim=2)
 
 

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from kvtalk.adapters.translator import Geometry, Translator, squeezed
 from kvtalk.adapters.vectors import from_vectors, to_vectors
 from kvtalk.cache import PADDING, KVCache
+from kvtalk.device import sent
 from kvtalk.models import LM
 from kvtalk.placement import PlacedCache, PlacedLayer
-from kvtalk.rope import rotate
+from kvtalk.rope import rotate_layers
 from kvtalk.training.batches import Batch, Batches, Recipe
 from kvtalk.training.loop import Loop
 from kvtalk.training.texts import Texts
@@ -57,7 +58,7 @@ class Pair:
         if not with_logits:
             return vectors, None
         where = _flat([len(row) for row in before], tails, hidden.shape[1])
-        return vectors, self.receiver.head_of(hidden.flatten(0, 1)[where.to(hidden.device)])
+        return vectors, self.receiver.head_of(hidden.flatten(0, 1)[sent(where, hidden.device)])
 
     def student_logits(self, batch: Batch, vectors: Tensor) -> Tensor:
         """The receiver's logits after the tails' tokens, ``[tokens of all tails, vocabulary]``, with translated vectors
@@ -69,13 +70,10 @@ class Pair:
         steps = torch.arange(vectors.shape[1])
         positions = torch.where(steps < counts[:, None], steps + begin, PADDING)
         positions = torch.cat([torch.arange(begin).expand(rows, -1), positions], dim=1)
-        layers, turned = [], {}
-        for index, (layer, shape) in enumerate(zip(cache.layers, spec.layers, strict=True)):
-            keys = layer.keys
-            if shape.rope is not None:
-                if shape.rope not in turned:
-                    turned[shape.rope] = shape.rope.angles((steps + begin).to(vectors.device))
-                keys = rotate(keys, turned[shape.rope])
+        ropes = [shape.rope for shape in spec.layers]
+        turned = rotate_layers([layer.keys for layer in cache.layers], ropes, (steps + begin).to(vectors.device))
+        layers = []
+        for index, (keys, layer) in enumerate(zip(turned, cache.layers, strict=True)):
             values = layer.values
             if head is not None:
                 own = head.layers[index]
@@ -87,7 +85,7 @@ class Pair:
         logits = self.receiver.logits(batch.tails, placed)
         longest = logits.shape[1]
         where = _flat([longest - len(tail) for tail in batch.tails], batch.tails, longest)
-        return logits.flatten(0, 1)[where.to(logits.device)]
+        return logits.flatten(0, 1)[sent(where, logits.device)]
 
     def _head(self, ids: list[int]) -> KVCache | None:
         key = tuple(ids)
@@ -160,7 +158,7 @@ class Translation:
 
     def _regression(self, standard: Tensor, target: Tensor, batch: Batch) -> Tensor:
         wanted = (target - self.decoder.mean) / self.decoder.scale
-        real = _left_real([len(row) for row in batch.receiver], standard.shape[1]).to(standard.device)
+        real = sent(_left_real([len(row) for row in batch.receiver], standard.shape[1]), standard.device)
         return ((standard - wanted).square().mean(dim=2) * real).sum() / real.sum()
 
 
@@ -231,7 +229,7 @@ def answer_loss(got: Tensor, batch: Batch) -> Tensor | None:
         end += len(tail)
         rows += range(end - count - 1, end - 1)
         labels += tail[len(tail) - count :]
-    return F.cross_entropy(got[torch.tensor(rows).to(got.device)].float(), torch.tensor(labels).to(got.device))
+    return F.cross_entropy(got[sent(torch.tensor(rows), got.device)].float(), sent(torch.tensor(labels), got.device))
 
 
 def _flat(begins: Sequence[int], tails: Sequence[Sequence[int]], longest: int) -> Tensor:
