@@ -17,6 +17,7 @@ import pytest
 
 from kvtalk import cli
 from kvtalk.evaluation.summary import read_records
+from kvtalk.models import LM
 
 CONTEXT = "The harbour master of Ostrevik was called Berthe, and she kept eels in the old mill."
 
@@ -261,3 +262,18 @@ def test_mistakes_in_an_evaluation_are_found_before_a_model_is_loaded(tmp_path: 
     refused(in_process("eval", "--recompute", tmp_path), "no run in this folder")
     refused(in_process("report", tmp_path), "no run in this folder")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_trained_lora_is_a_model_of_its_own(tiny_folder: Path, tmp_path: Path) -> None:
+    texts, out = tmp_path / "texts.jsonl", tmp_path / "lora"
+    rows = [{"context": f"{CONTEXT} Number {n}.", "question": "Who?", "answers": ["Berthe"]} for n in range(300)]
+    texts.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    sizes = ("--steps", 10, "--tokens", 128, "--rank", 4, "--rate", 0.005, "--longest", 400, "--check-every", 5)
+    made = in_process("train", "lora", "--receiver", tiny_folder, "--data", texts, "--out", out, *sizes)
+    assert made.returncode == 0, made.stderr
+    steps = [json.loads(line) for line in (out / "log.jsonl").read_text("utf-8").splitlines()]
+    checked = [step for step in steps if "nll" in step]
+    assert checked[-1]["nll"] < checked[0]["nll"]
+    base, tuned = LM.load(str(tiny_folder)), LM.load(f"{tiny_folder}+{out}")
+    assert base.spec.fingerprint.differences(tuned.spec.fingerprint) == ["weights"]
+    refused(in_process("ask", "-c", texts, "-q", "Who?", "-s", f"{tiny_folder}+{tmp_path}"), "no LoRA for this model")

@@ -100,6 +100,22 @@ def from_folder(
     return model, tokenizer
 
 
+def with_lora(model: PreTrainedModel, folder: str) -> PreTrainedModel:
+    """A model with a LoRA merged into its weights.
+
+    Raises:
+        ModelError: peft is not installed, or there is no LoRA for this model in the folder.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise ModelError("a LoRA needs peft: pip install 'kvtalk[train]'") from error
+    try:
+        return peft.PeftModel.from_pretrained(model, folder).merge_and_unload()
+    except Exception as error:  # as above
+        raise ModelError(f"{folder}: no LoRA for this model ({_first_line(error)})") from error
+
+
 def load_tokenizer(name: str | Path, options: dict[str, Any] | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or hub id.
 

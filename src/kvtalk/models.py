@@ -24,7 +24,7 @@ from kvtalk import bundled
 from kvtalk.cache import PADDING, KVCache, Prefix
 from kvtalk.device import sent
 from kvtalk.errors import InputError, ModelError
-from kvtalk.loading import bos, default_dtype, from_folder, from_gguf
+from kvtalk.loading import bos, default_dtype, from_folder, from_gguf, with_lora
 from kvtalk.placement import PlacedCache, attending, place
 from kvtalk.prompts import PromptFormat, default_format
 from kvtalk.spec import ModelSpec, read_spec
@@ -91,7 +91,8 @@ class LM:
         """Load a model.
 
         Args:
-            name: a bundled name (``kvtalk models list``), a folder, a ``.gguf`` file, or a hub id.
+            name: a bundled name (``kvtalk models list``), a folder, a ``.gguf`` file, or a hub id; with ``+FOLDER``
+                after it, a LoRA in that folder is merged into the model.
             dtype: by default bf16 on a GPU and on CPUs that multiply bf16 natively, float32 elsewhere.
             device: by default the first GPU if there is one.
             revision: of a hub id.
@@ -102,13 +103,16 @@ class LM:
         """
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = dtype or default_dtype(device)
-        if name in bundled.MODELS:
-            model, tokenizer = bundled.load(name, dtype)
-            prompt = prompt or bundled.MODELS[name].prompt
-        elif name.endswith(".gguf"):
-            model, tokenizer = from_gguf(Path(name), dtype)
+        base, _, lora = name.partition("+")
+        if base in bundled.MODELS:
+            model, tokenizer = bundled.load(base, dtype)
+            prompt = prompt or bundled.MODELS[base].prompt
+        elif base.endswith(".gguf"):
+            model, tokenizer = from_gguf(Path(base), dtype)
         else:
-            model, tokenizer = from_folder(name, dtype, revision)
+            model, tokenizer = from_folder(base, dtype, revision)
+        if lora:
+            model = with_lora(model, lora)
         return cls(model.to(device), tokenizer, name, prompt)
 
     @property

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from kvtalk.training.loop import Loop
 
 app = typer.Typer(no_args_is_help=True, help="Fit adapters between two models.")
 out = Console()
@@ -49,7 +52,7 @@ def translator(
     from accelerate import PartialState
 
     from kvtalk.adapters.store import Party, save_translator
-    from kvtalk.adapters.translator import Geometry, Translator
+    from kvtalk.adapters.translator import Geometry
     from kvtalk.models import LM
     from kvtalk.training.batches import Recipe
     from kvtalk.training.loop import Schedule
@@ -78,24 +81,65 @@ def translator(
         seed=seed,
     )
     run = training(reads, answers, texts, geometry, recipe, out_folder)
-    with _bar() as bar:
-        task = bar.add_task("training", total=steps, completed=run.step, shown="")
-
-        def report(step: int, measured: dict[str, float]) -> None:
-            text = "  ".join(f"{name} {value:.3f}" for name, value in measured.items())
-            bar.update(task, completed=step, shown=text if len(measured) < 6 else "")
-            if len(measured) >= 6:
-                bar.console.print(f"step {step}: {text}", highlight=False)
-
-        trained = run.run(report, check_every)
+    trained = _go(run, steps, check_every)
     parties = [Party(lm.name, lm.spec.fingerprint) for lm in (reads, answers)]
     facts = {"data": [Path(name).name for name in data], "steps": steps}
-    assert isinstance(trained, Translator)
     save_translator(trained, parties[0], parties[1], out_folder, None if packing == "bf16" else packing, facts)
     out.print(
         f"next: kvtalk eval --task squad --sharer {sharer} --receiver {receiver} --adapter {out_folder}",
         highlight=False,
     )
+
+
+@app.command()
+def lora(
+    receiver: Annotated[str, typer.Option("--receiver", "-r", help="Model that reads the text itself.")],
+    data: DataOption,
+    out_folder: Annotated[Path, typer.Option("--out", "-o", help="Folder for checkpoints, log and the LoRA.")],
+    steps: Annotated[int, typer.Option(min=10, help="Optimizer steps.")] = 1000,
+    tokens: Annotated[int, typer.Option(min=64, help="Context tokens in a step, about.")] = 20_480,
+    rank: Annotated[int, typer.Option(min=1, help="Of the matrices.")] = 32,
+    rate: Annotated[float, typer.Option(help="Learning rate at its peak.")] = 5e-4,
+    questions: Annotated[float, typer.Option(min=0, max=1, help="Share of steps that ask questions.")] = 0.5,
+    longest: Annotated[int, typer.Option(min=200, help="Characters of the longest plain contexts.")] = 4000,
+    check_every: Annotated[int, typer.Option(min=1, help="Steps between validations and checkpoints.")] = 250,
+    seed: Annotated[int, typer.Option(help="Of everything drawn.")] = 0,
+) -> None:
+    """Train a LoRA of the receiver on the same texts: the baseline beside a trained adapter.
+
+    Use it as a model of its own: --receiver 'NAME+FOLDER'.
+    """
+    from accelerate import PartialState
+
+    from kvtalk.models import LM
+    from kvtalk.training.batches import Recipe
+    from kvtalk.training.loop import Schedule
+    from kvtalk.training.lora import training
+    from kvtalk.training.texts import Texts
+
+    texts = Texts.load(data)
+    with out.status("loading ..."):
+        lm = LM.load(receiver, device=str(PartialState().device))
+    schedule = Schedule(steps=steps, rate=rate, optimizer="adamw")
+    recipe = Recipe(schedule, regression=0.0, tokens=tokens, questions=questions, longest=longest, seed=seed)
+    run = training(lm, texts, rank, recipe, out_folder)
+    _go(run, steps, check_every).save_pretrained(out_folder)
+    out.print(f"next: kvtalk eval --task squad --receiver '{receiver}+{out_folder}' --arms text ...", highlight=False)
+
+
+def _go(run: Loop, steps: int, check_every: int) -> Any:
+    """To the end, with a bar; returns what was trained."""
+    with _bar() as bar:
+        task = bar.add_task("training", total=steps, completed=run.step, shown="")
+
+        def report(step: int, measured: dict[str, float]) -> None:
+            text = "  ".join(f"{name} {value:.3f}" for name, value in measured.items())
+            checked = "total" not in measured
+            bar.update(task, completed=step, shown="" if checked else text)
+            if checked:
+                bar.console.print(f"step {step}: {text}", highlight=False)
+
+        return run.run(report, check_every)
 
 
 def _bar() -> Progress:

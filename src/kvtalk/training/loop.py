@@ -32,20 +32,21 @@ class Schedule:
     Attributes:
         steps: optimizer steps.
         rate: learning rate at its peak; it rises linearly and falls as a cosine to zero.
-        warm_up: steps to the peak.
+        warm_up: steps to the peak; by default a tenth of them, at most 100.
         decay: weight decay.
         optimizer: ``muon`` for matrices (and AdamW for the rest), or ``adamw``.
     """
 
     steps: int = 2000
     rate: float = 2e-3
-    warm_up: int = 100
+    warm_up: int | None = None
     decay: float = 0.01
     optimizer: str = "muon"
 
     def share(self, step: int) -> float:
         """Of the peak rate."""
-        return min(1.0, (step + 1) / self.warm_up) * 0.5 * (1 + math.cos(math.pi * step / self.steps))
+        warm_up = self.warm_up or max(1, min(100, self.steps // 10))
+        return min(1.0, (step + 1) / warm_up) * 0.5 * (1 + math.cos(math.pi * step / self.steps))
 
 
 class Objective(Protocol):
@@ -78,7 +79,7 @@ class Loop:
         """Prepare; a run that lies in the folder is continued.
 
         Args:
-            module: all its parameters are trained.
+            module: its parameters are trained, but for frozen ones.
             objective: what is learned.
             batches: one for each step.
             schedule: how.
@@ -93,6 +94,7 @@ class Loop:
         optimizers = _optimizers(module, schedule)
         self.wrapped, *self.optimizers = self.accelerator.prepare(module, *optimizers)
         self.module: nn.Module = self.accelerator.unwrap_model(self.wrapped)
+        self._frozen = {name for name, value in self.module.named_parameters() if not value.requires_grad}
         self.settings = json.loads(json.dumps(settings))
         self.step = 0
         self._resume()
@@ -180,7 +182,7 @@ class Loop:
         state = {
             "step": self.step,
             "settings": self.settings,
-            "module": self.module.state_dict(),
+            "module": {name: value for name, value in self.module.state_dict().items() if name not in self._frozen},
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
         }
         partial = self.out / "checkpoint.partial"
@@ -198,15 +200,16 @@ class Loop:
                 f"{self.out} holds a run with other settings ({', '.join(different)} differ): "
                 "give the same ones again or another folder"
             )
-        self.module.load_state_dict(state["module"])
+        self.module.load_state_dict(state["module"], strict=not self._frozen)
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.step = state["step"]
 
 
 def _optimizers(module: nn.Module, schedule: Schedule) -> list[torch.optim.Optimizer]:
-    matrices = [parameter for parameter in module.parameters() if parameter.dim() == 2]
-    rest = [parameter for parameter in module.parameters() if parameter.dim() != 2]
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    matrices = [parameter for parameter in trained if parameter.dim() == 2]
+    rest = [parameter for parameter in trained if parameter.dim() != 2]
     options: dict[str, Any] = {"lr": schedule.rate, "weight_decay": schedule.decay}
     if schedule.optimizer == "adamw":
         return [torch.optim.AdamW([*matrices, *rest], betas=(0.9, 0.95), **options)]
