@@ -25,11 +25,11 @@ from kvtalk.adapters.translator import Decoder, Geometry, Translator
 from kvtalk.evaluation.data import samples
 
 LARGER = {
-    "Llama-3.2-1B": (16, 16 * 2 * 8 * 64, 1.24e9),
-    "Llama-3.1-8B": (32, 32 * 2 * 8 * 128, 8.03e9),
-    "Llama-3.1-70B": (80, 80 * 2 * 8 * 128, 70.6e9),
+    "Llama-3.2-1B": (16, 16 * 2 * 8 * 64, 0.97e9),
+    "Llama-3.1-8B": (32, 32 * 2 * 8 * 128, 6.98e9),
+    "Llama-3.1-70B": (80, 80 * 2 * 8 * 128, 68.5e9),
 }
-"""Layers, keys and values of a token, parameters."""
+"""Layers, keys and values of a token, parameters without embeddings."""
 
 
 def geometry_of(sharer: LM, receiver: LM) -> Geometry:
@@ -46,11 +46,13 @@ def measured(sharer: LM, receiver: LM, plan: str, tokens: int, rounds: int) -> d
     ids = receiver.encode(" ".join(item.context for item in samples()))
     text = receiver.tokenizer.decode((ids * (tokens // len(ids) + 1))[:tokens])
     shared = link.sharer.share(text, plan=Plan.parse(plan))
-    count = len(receiver.encode(text))
+    tokens_of_text = receiver.encode(text)
+    count = len(tokens_of_text)
     seconds: dict[str, list[float]] = {"prefill": [], "decode": [], "place": []}
     for _ in range(rounds + 1):
+        placed = receiver.place([[]], room=count + 8)  # its own head is read beforehand on both ways
         marks = [_now(receiver)]
-        receiver.prefill([receiver.head_ids() + receiver.encode(text)])
+        receiver.logits([tokens_of_text], placed, keep=1)
         marks.append(_now(receiver))
         prefix = link.receiver.prefix(shared.blob)
         marks.append(_now(receiver))

@@ -13,7 +13,7 @@ from kvtalk.adapters.store import CARD, Party, load_decoder, load_encoder, read_
 from kvtalk.adapters.translator import Geometry, Translator, pair
 from kvtalk.adapters.vectors import from_vectors, to_vectors
 from kvtalk.alignment.tokens import tokenize
-from kvtalk.errors import AdapterError, AlignmentError, CacheError, PacketError, TrainingError
+from kvtalk.errors import AdapterError, AlignmentError, BudgetError, CacheError, PacketError, TrainingError
 from kvtalk.models import LM
 from kvtalk.packet import Packet
 from kvtalk.training.batches import Batches, Recipe
@@ -156,6 +156,37 @@ def test_budgets_are_kept(models, folder):
     assert sizes == sorted(sizes, reverse=True)
 
 
+def test_the_wrong_control_of_training_is_another_context(models, texts):
+    for batch in Batches(texts.split(0.03)[1], *models, RECIPE, 64).checks(32):
+        assert len(batch.receiver) > 1
+        assert len({tuple(row) for row in batch.receiver}) == len(batch.receiver)
+
+
+def test_latents_that_say_more_than_there_is_are_refused(models, folder):
+    link = Link(*models, adapter=folder)
+    blob = bytes(link.sharer.share(CONTEXT).blob)
+    for more in (b"garbage", blob):
+        with pytest.raises(PacketError):
+            link.receiver.answer(blob + more, "What?")
+    cache = link.sharer.read("x" * 2040)
+    assert len(link.receiver.decode([link.receiver.unpack(link.sharer.encode(cache, Plan()))])) == 1
+    with pytest.raises(PacketError, match="reads at most 2048"):
+        link.receiver.decode([dataclasses.replace(link.receiver.unpack(blob), length=2049)])
+    for plan in ("int8/int2", "int8 before", "int8 layers=first:1", "int8 width=0"):
+        with pytest.raises(AdapterError):
+            link.ask(CONTEXT, "What?", plan=Plan.parse(plan))
+    with pytest.raises(BudgetError, match="give an adapter"):
+        Link(models[0], models[0]).ask(CONTEXT, "What?", plan=Plan.parse("bf16 width=8"))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"width": 96}, {"latent": 8}, {"latent": 8192}, {"receiver_layers": 3}, {"width": "x"}]
+)
+def test_sizes_that_cannot_be_are_refused(models, wrong):
+    with pytest.raises(AdapterError):
+        dataclasses.replace(geometry(*models), **wrong)
+
+
 def test_wrong_packets_and_adapters_are_refused(models, folder, tmp_path):
     blob = Link(*models, adapter=folder).sharer.share(CONTEXT).blob
     with pytest.raises(PacketError, match="load that adapter"):
@@ -287,8 +318,17 @@ def test_a_loss_that_is_no_number_stops_training_and_keeps_the_last_checkpoint(m
 def test_texts_that_cannot_be_used_are_refused(tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_text(json.dumps({"words": "x"}))
-    with pytest.raises(TrainingError, match="row 1 has words"):
+    with pytest.raises(TrainingError, match="row 1 has words; expected context"):
         Texts.load([str(file)])
+    for bad in ({"context": "a", "question": "b", "answers": []}, {"text": None}, {"prompt": "a", "response": 1}):
+        with pytest.raises(TrainingError, match="row 1"):
+            Texts.of([bad])
+    for raw, words in (("{", "cannot be read"), ("[1]", "JSON object")):
+        file.write_text(raw)
+        with pytest.raises(TrainingError, match=words):
+            Texts.load([str(file)])
+    squad = {"context": "c" * 20_000, "question": "q", "answers": {"text": ["a", "b"], "answer_start": [1, 2]}}
+    assert Texts.of([squad]).questions[0].answers == ("a", "b")
     file.write_text(json.dumps({"text": "short"}))
     with pytest.raises(TrainingError, match="too few"):
         Texts.load([str(file)])
@@ -296,6 +336,7 @@ def test_texts_that_cannot_be_used_are_refused(tmp_path):
 
 def test_no_context_is_trained_on_and_validated_on(texts):
     training, kept_back = texts.split(0.1)
+    assert not set(training.documents) & set(kept_back.documents)
     assert not {q.context for q in training.questions} & {q.context for q in kept_back.questions}
     assert all(question.context not in training.plain for question in kept_back.questions)
 

@@ -173,7 +173,8 @@ class KVCache:
                 raise CacheError(
                     f"layer {index} holds {tokens} tokens but only {positions.shape[1]} positions were given"
                 )
-            layers.append(LayerCache(layer.keys, layer.values, positions[:, positions.shape[1] - tokens :]))
+            there = positions if tokens == positions.shape[1] else positions[:, positions.shape[1] - tokens :]
+            layers.append(LayerCache(layer.keys, layer.values, there))
         return cls(tuple(layers), tuple((positions.max(dim=1).values + 1).tolist()))
 
     def to_transformers(self, spec: ModelSpec) -> DynamicCache:

@@ -193,7 +193,8 @@ def share(
         f"{escape(str(out_file))}: {cost.bytes:,} bytes for {cost.context_tokens} tokens, "
         f"{cost.bits_per_value:.2f} bits per value, plan: {used}"
     )
-    out.print(escape(f"next: kvtalk answer --cache {out_file} --receiver {sharer} --question '...'"))
+    to = f"{sharer}" if side.half is None else f"{side.half.card.receiver.name} --adapter {adapter}"
+    out.print(escape(f"next: kvtalk answer --cache {out_file} --receiver {to} --question '...'"))
 
 
 @app.command()

@@ -29,7 +29,8 @@ class Cost:
 
     Attributes:
         bytes: ``len()`` of everything that crossed.
-        bits_per_value: those bits, over the values of the whole bf16 cache of the context.
+        bits_per_value: those bits, over the values of the whole bf16 cache of the context at the sharer; 0 at a
+            receiver of latents, which does not know it.
         context_tokens: tokens of the context.
         prefill: seconds the sharer read the context.
         encode: seconds to select, plan and encode.
@@ -132,6 +133,8 @@ class Sharer:
         given = plan
         if self.half is not None:
             plan = self.half.plan(plan)
+        elif plan is not None and plan.width is not None:
+            raise BudgetError(f"plan {plan}: width= is for latents, give an adapter")
         if budget is None:
             return plan or Plan()
         if isinstance(budget, str):
@@ -163,6 +166,7 @@ class Sharer:
 
     def encode_rows(self, cache: KVCache, plans: Sequence[Plan]) -> list[memoryview]:
         """A packet of each row; rows whose plans differ only in the tokens they keep are packed in one go."""
+        plans = plans if self.half is None else [self.half.plan(plan) for plan in plans]
         blobs: dict[int, memoryview] = {}
         for same in {replace(plan, keep=1.0) for plan in plans}:
             rows = [row for row, plan in enumerate(plans) if replace(plan, keep=1.0) == same]
@@ -291,7 +295,7 @@ class Receiver:
         tokens = received.length - received.start
         cost = Cost(
             len(blob),
-            bits_per_value(len(blob), tokens, self.lm),
+            0.0 if self.half is not None else bits_per_value(len(blob), tokens, self.lm),
             tokens,
             decode=decode,
             place=place,

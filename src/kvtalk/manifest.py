@@ -95,6 +95,8 @@ class Manifest(_Strict):
         if span and not self.start <= first <= first + span <= self.end:
             raise PacketError("shapes", f"{shape} lies outside the context {self.start}..{self.end}")
         layer = LayerLayout(kv_heads, head_dim, first, span, kept, self._codec(keys), self._codec(values))
+        if self.payload == "latent" and (kept == 0 or kv_heads != 1):
+            raise PacketError("shapes", f"a latent without tokens or with several heads: {shape}")
         if layer.keys == NOTHING or (layer.values == NOTHING) != (self.payload == "latent"):
             raise PacketError("codecs", "a cache has keys and values, a latent has no values")
         try:

@@ -229,6 +229,8 @@ def place(
         layer, positions = _fill(index, shape, rows, room, spec.dtype, table)
         layers.append(layer)
         tracks.append(positions)
+    if any(next(stream, None) is not None for row in streams for stream in row):
+        raise CacheError(f"a received cache has more than the receiver's {len(spec.layers)} layers")
     start = 0 if head is None else head.length[0]
     ends = [start + sum(prefix.extent(gaps) for prefix in row) for row in contexts]
     return PlacedCache(layers, tracks, torch.tensor(ends, device=device), spec)

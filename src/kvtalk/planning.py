@@ -291,10 +291,11 @@ def fit_latent(plan: Plan, limit: int, size: Callable[[Plan], int], latent: int 
         narrower = [latent >> shift for shift in range(1, latent.bit_length()) if latent >> shift >= _NARROWEST]
         rungs = [(name, latent) for name in LATENT_LADDER] + [(LATENT_LADDER[-1], width) for width in narrower]
         candidates = [replace(plan, keys=str(codec(name)), width=width) for name, width in rungs]
-    for candidate in candidates:
+    usable = [candidate for candidate in candidates if _packable(candidate, size)] or [plan]
+    for candidate in usable:
         if size(candidate) <= limit:
             return candidate
-    last = candidates[-1]
+    last = usable[-1]
     low, high = 0, 1 << 24
     while high - low > 1:
         middle = (low + high) // 2
@@ -305,6 +306,14 @@ def fit_latent(plan: Plan, limit: int, size: Callable[[Plan], int], latent: int 
             f"the smallest possible packet of this context takes {size(replace(last, keep=1)):,} bytes"
         )
     return replace(last, keep=low)
+
+
+def _packable(plan: Plan, size: Callable[[Plan], int]) -> bool:
+    try:
+        size(plan)
+    except CodecError:  # latents of that width do not fill whole bytes
+        return False
+    return True
 
 
 def estimate_distortion(cache: KVCache, sample: KVCache, spec: ModelSpec, plan: Plan) -> float:

@@ -15,9 +15,9 @@ from kvtalk.adapters.store import Card, Half, load_decoder, load_encoder, read_c
 from kvtalk.adapters.translator import Decoder, Encoder, pair
 from kvtalk.adapters.vectors import from_vectors, lead, to_vectors
 from kvtalk.alignment.tokens import tokenize
-from kvtalk.cache import PADDING, KVCache, LayerCache, LayerSource, Prefix
+from kvtalk.cache import PADDING, KVCache, LayerCache, Prefix
 from kvtalk.codecs import NOTHING
-from kvtalk.errors import AdapterError
+from kvtalk.errors import AdapterError, PacketError
 from kvtalk.loading import load_tokenizer
 from kvtalk.models import LM
 from kvtalk.planning import Plan
@@ -69,11 +69,13 @@ class SharerHalf:
         """What of a plan applies to latents: their width, one codec, and which tokens.
 
         Raises:
-            AdapterError: a latent has not so many numbers.
+            AdapterError: a latent has not so many numbers, or a plan for keys and values.
         """
         plan = plan or Plan()
-        width = plan.width or self.card.geometry.latent
-        if width > self.card.geometry.latent:
+        if plan.values not in (plan.keys, NOTHING) or plan.rope != "after" or plan.layers != "all":
+            raise AdapterError(f"plan {plan}: latents have one codec and no layers; use CODEC [POLICY@KEEP] [width=N]")
+        width = self.card.geometry.latent if plan.width is None else plan.width
+        if not 0 < width <= self.card.geometry.latent:
             raise AdapterError(f"width {width}: a latent of this adapter has {self.card.geometry.latent} numbers")
         return replace(plan, values=NOTHING, rope="after", layers="all", width=width)
 
@@ -108,7 +110,14 @@ class ReceiverHalf:
 
     @torch.inference_mode()
     def decode(self, prefixes: Sequence[Prefix]) -> list[Prefix]:
-        """Latents, unpacked, as prefixes of the receiver's own kind."""
+        """Latents, unpacked, as prefixes of the receiver's own kind.
+
+        Raises:
+            PacketError: more tokens than the receiver reads, or latents that decode to no numbers.
+        """
+        longest = max((prefix.length for prefix in prefixes), default=0)
+        if longest > self.lm.spec.max_positions:
+            raise PacketError("end", f"{longest} tokens, {self.lm.name} reads at most {self.lm.spec.max_positions}")
         found = [_latents(prefix, self.lm.device) for prefix in prefixes]
         made: list[Prefix | None] = [None] * len(found)
         for width in {latents.shape[2] for latents, _ in found}:
@@ -116,6 +125,8 @@ class ReceiverHalf:
             counts = torch.tensor([found[row][0].shape[1] for row in rows])
             padded = torch.nn.utils.rnn.pad_sequence([found[row][0][0] for row in rows], batch_first=True)
             vectors = self.decoder(padded).to(self.lm.spec.dtype)
+            if not bool(torch.isfinite(vectors).all()):
+                raise PacketError("keys", "latents that decode to NaN or infinity")
             for row, cache in zip(rows, from_vectors(vectors, counts, self.lm.spec).rows(), strict=True):
                 made[row] = _at(cache, found[row][1], prefixes[row])
         return [prefix for prefix in made if prefix is not None]
@@ -170,7 +181,9 @@ def _latent_spec(card: Card, spec: ModelSpec, width: int | None) -> ModelSpec:
 
 def _latents(prefix: Prefix, device: torch.device) -> tuple[Tensor, Tensor]:
     """One sequence's latents ``[1, tokens, width]`` and the positions of its tokens ``[1, tokens]``."""
-    layer: LayerSource = next(iter(prefix.layers))
+    layer, *others = prefix.layers
+    if others:
+        raise PacketError("covers", "a latent has one layer")
     size = (1, 1, layer.positions.shape[1], layer.shape[1])
     latents = torch.empty(size, dtype=torch.float32, device=device)
     layer.keys_into(latents)

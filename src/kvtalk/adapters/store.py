@@ -110,10 +110,11 @@ def save_translator(
         packing: codec of the matrices, such as ``nf4:1x64``; None for bf16.
         facts: for people.
     """
+    halves = {"encoder": translator.encoder, "decoder": translator.decoder}
+    blobs = {name: save(_packed(half, packing)) for name, half in halves.items()}
     folder.mkdir(parents=True, exist_ok=True)
     weights = {}
-    for name, half in (("encoder", translator.encoder), ("decoder", translator.decoder)):
-        blob = save(_packed(half, packing))
+    for name, blob in blobs.items():
         (folder / f"{name}.safetensors").write_bytes(blob)
         weights[name] = str(xxhash.xxh3_64_hexdigest(blob))
     card = Card("translator", sharer, receiver, translator.geometry, weights, facts or {})
@@ -141,7 +142,7 @@ def read_card(name: str | Path) -> tuple[Card, Path]:
             dict(content["weights"]),
             content.get("facts", {}),
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise AdapterError(f"{name}: not an adapter ({CARD} is missing or damaged: {error})") from error
     if card.kind != "translator":
         raise AdapterError(f"{name}: an adapter of the kind {card.kind!r}, which this version does not know")
@@ -232,5 +233,8 @@ def _filled(half: Half, card: Card, folder: Path, name: str) -> Half:
             out = torch.empty(1, codes.shape[1], int(shape[-1]))
             codec(packing).decode(codes, scales, out)
             state[base] = out.view(shape.tolist())
-    half.load_state_dict(state)
+    try:
+        half.load_state_dict(state)
+    except RuntimeError as error:
+        raise AdapterError(f"{file}: its weights do not have the sizes that {CARD} names") from error
     return half

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from kvtalk.alignment.tokens import Tokenized, align, ranges
 from kvtalk.codecs import codec
 from kvtalk.device import sent
-from kvtalk.errors import AlignmentError
+from kvtalk.errors import AdapterError, AlignmentError
 
 HEAD = 64
 """Channels of an attention head of the adapter's own blocks."""
 
+_LARGEST = 1 << 20
 _FARTHEST = 15
 """Distances between a receiver token's borders and its sharer token's are counted in characters up to this."""
 
@@ -53,6 +54,22 @@ class Geometry:
     decoder_blocks: int = 2
     expansion: float = 2.0
     bottleneck: int = 128
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that cannot be.
+
+        Raises:
+            AdapterError: says which.
+        """
+        for name, value in vars(self).items():
+            if name != "expansion" and not (isinstance(value, int) and 0 <= value <= _LARGEST):
+                raise AdapterError(f"{name} {value!r}: must be a whole number up to {_LARGEST:,}")
+        if self.width % HEAD or self.width == 0:
+            raise AdapterError(f"width {self.width}: must be a multiple of {HEAD}")
+        if not 16 <= self.latent <= 4096 or self.latent % 8:
+            raise AdapterError(f"latent {self.latent}: must be a multiple of 8 from 16 to 4,096")
+        if not self.receiver_layers or self.receiver_values % self.receiver_layers:
+            raise AdapterError("the receiver's layers must all be of one shape")
 
 
 @dataclass(frozen=True)
@@ -180,7 +197,7 @@ class Encoder(nn.Module):
         hidden = _through(self.sharer_blocks, hidden)
         hidden = hidden.gather(1, pairing.index[:, :, None].expand(-1, -1, hidden.shape[2]))
         for number, table in enumerate(self.place):
-            hidden = hidden + table[pairing.place[:, :, number]]
+            hidden = hidden + F.embedding(pairing.place[:, :, number], table)
         return _linear(self.latent, self.norm(_through(self.blocks, hidden))).float()
 
 

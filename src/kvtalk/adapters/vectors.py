@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
-
 import torch
 from torch import Tensor
 
@@ -61,8 +59,8 @@ def from_vectors(vectors: Tensor, counts: Tensor, spec: ModelSpec) -> KVCache:
     """
     steps = torch.arange(vectors.shape[1])
     positions = torch.where(steps < counts[:, None], steps, PADDING)
-    borders = list(accumulate(shape.kv_heads * shape.head_dim for shape in spec.layers for _ in range(2)))[:-1]
-    parts = iter(vectors.tensor_split(borders, dim=2))
+    sizes = [shape.kv_heads * shape.head_dim for shape in spec.layers for _ in range(2)]
+    parts = iter(torch.split(vectors, sizes, dim=2))
     layers = []
     for shape in spec.layers:
         size = (*vectors.shape[:2], shape.kv_heads, shape.head_dim)

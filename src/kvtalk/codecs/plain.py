@@ -70,4 +70,5 @@ class Nothing(Codec):
         return torch.empty(*values.shape[:2], 0, dtype=torch.uint8), torch.empty(0, dtype=torch.uint8)
 
     def decode(self, codes: Tensor, scales: Tensor, out: Tensor) -> None:
-        """Leaves ``out`` as it is."""
+        """Zeros."""
+        out.zero_()

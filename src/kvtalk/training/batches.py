@@ -15,10 +15,9 @@ from kvtalk.adapters.translator import Pairing, pair
 from kvtalk.adapters.vectors import lead
 from kvtalk.alignment.tokens import tokenize
 from kvtalk.errors import TrainingError
-from kvtalk.loading import bos
 from kvtalk.models import LM
 from kvtalk.training.loop import Schedule
-from kvtalk.training.texts import Texts
+from kvtalk.training.texts import Question, Texts
 
 
 @dataclass(frozen=True)
@@ -108,38 +107,48 @@ class Example:
 
 
 class Batches(Dataset[Batch]):
-    """The batch of every step; a step's batch depends on the seed and its number alone."""
+    """The batch of every step and process; it depends on the seed and these two numbers alone."""
 
     def __init__(self, texts: Texts, sharer: LM, receiver: LM, recipe: Recipe, latent: int) -> None:
         self.texts, self.recipe, self.latent = texts, recipe, latent
         self.sharer, self.receiver = sharer.tokenizer, receiver.tokenizer
         self.sharer_head, self.receiver_head = lead(sharer), receiver.head_ids()
-        self.bare_head = bos(receiver.tokenizer)
+        self.bare_head = lead(receiver)
         self.prompt = receiver.prompt
         self.limits = sharer.spec.max_positions, receiver.spec.max_positions
 
     def __len__(self) -> int:
         return self.recipe.schedule.steps
 
-    def __getitem__(self, step: int) -> Batch:
-        rng = random.Random(f"{self.recipe.seed} {step}")
+    def __getitem__(self, key: tuple[int, int]) -> Batch:
+        step, process = key
+        rng = random.Random(f"{self.recipe.seed} {step} {process}")
         recipe = self.recipe
         width = self.latent if rng.random() < recipe.whole else rng.choice([*recipe.widths, self.latent])
         noise = rng.choice(recipe.codecs)
         regressing = recipe.regresses(step)
         if self.texts.questions and rng.random() < recipe.questions * (0.5 if regressing else 1):
-            rows = max(4, recipe.tokens // 256)
-            return self.of(self._questions(rng, rows, [0, 0, 1, 2]), self.receiver_head, width, noise)
+            others = rng.choice([0, 0, 1, 2])
+            rows = max(4, recipe.tokens // (256 * (1 + others)))
+            asked = [rng.choice(self.texts.questions) for _ in range(rows)]
+            return self.of(self._questions(rng, asked, others), self.receiver_head, width, noise)
         context = int(math.exp(rng.uniform(math.log(recipe.shortest), math.log(recipe.longest))))
         rows = min(_MOST_ROWS if regressing else _MOST_ROWS // 4, max(4, recipe.tokens * 4 // context))
         head = self.bare_head if rng.random() < 0.7 else self.receiver_head
-        return self.of(self._passages(rng, rows, context), head, width, noise)
+        places = [rng.random() for _ in range(rows)]
+        spaced = rng.random() < _SPACED
+        return self.of(self._passages(places, context, spaced), head, width, noise)
 
     def checks(self, rows: int) -> list[Batch]:
-        """Plain text and questions, always the same, for validation."""
-        found = [self.of(self._passages(random.Random(seed), rows, 1000), self.bare_head) for seed in range(2)]
-        if self.texts.questions:
-            found += [self.of(self._questions(random.Random(seed), rows, [0]), self.receiver_head) for seed in range(2)]
+        """Plain text and questions, always the same, for validation; no two rows have the same context."""
+        length = min(1000, len(self.texts.plain) // 8)
+        places = [(row + 0.5) / rows for row in range(min(rows, max(2, len(self.texts.plain) // (2 * length))))]
+        found = [self.of(self._passages(places, length, False), self.bare_head)]
+        of_context = {question.context: question for question in self.texts.questions}
+        asked = random.Random(0).sample(list(of_context.values()), min(2 * rows, len(of_context)))
+        for part in (asked[:rows], asked[rows:]):
+            if len(part) > 1:  # a wrong context needs another one
+                found.append(self.of(self._questions(random.Random(0), part, 0), self.receiver_head))
         return found
 
     def of(self, examples: Sequence[Example], head: list[int], width: int | None = None, codec: str = "bf16") -> Batch:
@@ -172,25 +181,26 @@ class Batches(Dataset[Batch]):
             codec=codec,
         )
 
-    def _passages(self, rng: random.Random, rows: int, context: int) -> list[Example]:
-        """Running text; some with spaces around punctuation, as corpora that were tokenized have it."""
-        pairs = [self.texts.passage(rng, context, _CONTINUATION) for _ in range(rows)]
-        spaced = rng.random() < _SPACED
-        return [
-            Example(*(_PUNCTUATION.sub(r" \1 ", part).replace("  ", " ") if spaced else part for part in pair))
-            for pair in pairs
-        ]
+    def _passages(self, places: Sequence[float], context: int, spaced: bool) -> list[Example]:
+        """Running text; ``spaced`` around punctuation, as corpora that were tokenized have it."""
+        pairs = [self.texts.passage(at, context, _CONTINUATION) for at in places]
+        if spaced:
+            pairs = [(_apart(one), _apart(other)) for one, other in pairs]
+        return [Example(*both) for both in pairs]
 
-    def _questions(self, rng: random.Random, rows: int, others: Sequence[int]) -> list[Example]:
-        """Each about one context among as many others as are drawn from ``others``."""
+    def _questions(self, rng: random.Random, asked: Sequence[Question], others: int) -> list[Example]:
+        """Each about its context among so many others."""
         made = []
-        for _ in range(rows):
-            asked = rng.choice(self.texts.questions)
-            around = [rng.choice(self.texts.questions).context for _ in range(rng.choice(others))]
-            around.insert(rng.randrange(len(around) + 1), asked.context)
-            answer = f" {rng.choice(asked.answers)}{(self.prompt.stop or ('',))[0]}"
-            made.append(Example("\n".join(around), self.prompt.tail(asked.question), answer))
+        for question in asked:
+            around = [rng.choice(self.texts.questions).context for _ in range(others)]
+            around.insert(rng.randrange(len(around) + 1), question.context)
+            answer = f" {rng.choice(question.answers)}{(self.prompt.stop or ('',))[0]}"
+            made.append(Example("\n".join(around), self.prompt.tail(question.question), answer))
         return made
+
+
+def _apart(text: str) -> str:
+    return _PUNCTUATION.sub(r" \1 ", text).replace("  ", " ")
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

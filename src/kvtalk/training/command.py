@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -52,7 +53,7 @@ def translator(
     from accelerate import PartialState
 
     from kvtalk.adapters.store import Party, save_translator
-    from kvtalk.adapters.translator import Geometry
+    from kvtalk.adapters.translator import Geometry, Translator
     from kvtalk.models import LM
     from kvtalk.training.batches import Recipe
     from kvtalk.training.loop import Schedule
@@ -64,6 +65,7 @@ def translator(
         device = str(PartialState().device)
         reads = LM.load(sharer, device=device)
         answers = reads if receiver == sharer else LM.load(receiver, device=device)
+    parties = (Party(reads.name, reads.spec.fingerprint), Party(answers.name, answers.spec.fingerprint))
     geometry = Geometry(
         sharer_values=reads.spec.values_per_token,
         receiver_layers=len(answers.spec.layers),
@@ -71,6 +73,9 @@ def translator(
         width=width,
         latent=latent,
     )
+    pack = None if packing == "bf16" else packing
+    with tempfile.TemporaryDirectory() as scratch:  # what cannot be saved is found before it is trained
+        save_translator(Translator(geometry), *parties, Path(scratch), pack)
     recipe = Recipe(
         schedule=Schedule(steps=steps, rate=rate, optimizer=optimizer),
         tokens=tokens,
@@ -82,9 +87,10 @@ def translator(
     )
     run = training(reads, answers, texts, geometry, recipe, out_folder)
     trained = _go(run, steps, check_every)
-    parties = [Party(lm.name, lm.spec.fingerprint) for lm in (reads, answers)]
     facts = {"data": [Path(name).name for name in data], "steps": steps}
-    save_translator(trained, parties[0], parties[1], out_folder, None if packing == "bf16" else packing, facts)
+    if not run.accelerator.is_main_process:
+        return
+    save_translator(trained, *parties, out_folder, pack, facts)
     out.print(
         f"next: kvtalk eval --task squad --sharer {sharer} --receiver {receiver} --adapter {out_folder}",
         highlight=False,
@@ -123,13 +129,16 @@ def lora(
     schedule = Schedule(steps=steps, rate=rate, optimizer="adamw")
     recipe = Recipe(schedule, regression=0.0, tokens=tokens, questions=questions, longest=longest, seed=seed)
     run = training(lm, texts, rank, recipe, out_folder)
-    _go(run, steps, check_every).save_pretrained(out_folder)
+    trained = _go(run, steps, check_every)
+    if not run.accelerator.is_main_process:
+        return
+    trained.save_pretrained(out_folder)
     out.print(f"next: kvtalk eval --task squad --receiver '{receiver}+{out_folder}' --arms text ...", highlight=False)
 
 
 def _go(run: Loop, steps: int, check_every: int) -> Any:
     """To the end, with a bar; returns what was trained."""
-    with _bar() as bar:
+    with _bar(run.accelerator.is_main_process) as bar:
         task = bar.add_task("training", total=steps, completed=run.step, shown="")
 
         def report(step: int, measured: dict[str, float]) -> None:
@@ -142,7 +151,7 @@ def _go(run: Loop, steps: int, check_every: int) -> Any:
         return run.run(report, check_every)
 
 
-def _bar() -> Progress:
+def _bar(shown: bool) -> Progress:
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -150,4 +159,5 @@ def _bar() -> Progress:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         TextColumn("{task.fields[shown]}"),
+        disable=not shown,
     )

@@ -81,7 +81,7 @@ class Loop:
         Args:
             module: its parameters are trained, but for frozen ones.
             objective: what is learned.
-            batches: one for each step.
+            batches: one for each step and process, by these two numbers.
             schedule: how.
             settings: everything that must not change when the run goes on.
             out: folder for checkpoints and the log.
@@ -95,7 +95,7 @@ class Loop:
         self.wrapped, *self.optimizers = self.accelerator.prepare(module, *optimizers)
         self.module: nn.Module = self.accelerator.unwrap_model(self.wrapped)
         self._frozen = {name for name, value in self.module.named_parameters() if not value.requires_grad}
-        self.settings = json.loads(json.dumps(settings))
+        self.settings = json.loads(json.dumps({**settings, "processes": self.accelerator.num_processes}))
         self.step = 0
         self._resume()
 
@@ -134,10 +134,11 @@ class Loop:
         return self.module
 
     def _loader(self) -> DataLoader[Any]:
-        count, rank = self.accelerator.num_processes, self.accelerator.process_index
+        rank = self.accelerator.process_index
         workers = 4 if self.accelerator.device.type == "cuda" else 0
+        indices: Any = [(step, rank) for step in range(self.step, self.schedule.steps)]
         return DataLoader(
-            Subset(self.batches, range(self.step * count + rank, self.schedule.steps * count, count)),
+            Subset(self.batches, indices),
             batch_size=None,
             num_workers=workers,
             prefetch_factor=4 if workers else None,
@@ -204,6 +205,10 @@ class Loop:
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.step = state["step"]
+        log = self.out / LOG
+        if log.exists() and self.accelerator.is_main_process:  # what came after the checkpoint is done again
+            lines = [line for line in log.read_text("utf-8").splitlines() if json.loads(line)["step"] <= self.step]
+            log.write_text("".join(line + "\n" for line in lines), "utf-8")
 
 
 def _optimizers(module: nn.Module, schedule: Schedule) -> list[torch.optim.Optimizer]:

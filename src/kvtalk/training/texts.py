@@ -6,8 +6,9 @@ import gzip
 import json
 import random
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,11 @@ import xxhash
 from kvtalk.errors import TrainingError
 
 _LEAST_CHARACTERS = 20_000
-_QUESTION, _INSTRUCTION = {"context", "question", "answers"}, {"prompt", "response"}
 _USAGE = "context, question, answers; or prompt, response; or text"
+_SLACK = 200
+"""Characters that the ends of words may add."""
+
+_SPACE = re.compile(r"\s")
 
 
 @dataclass(frozen=True)
@@ -34,11 +38,11 @@ class Texts:
     """What to train on.
 
     Attributes:
-        plain: running text; documents are joined by blank lines.
-        questions: about contexts.
+        documents: running text.
+        questions: about contexts; each context is also a document.
     """
 
-    plain: str = ""
+    documents: list[str] = field(default_factory=list)
     questions: list[Question] = field(default_factory=list)
 
     @classmethod
@@ -48,34 +52,33 @@ class Texts:
         Rows hold ``context``, ``question``, ``answers``; or ``prompt``, ``response``; or ``text``.
 
         Raises:
-            TrainingError: not found, rows of another form, or too little text.
+            TrainingError: not found, unreadable, rows of another form, or too little text.
         """
-        return cls.of(row for name in names for row in _checked_rows(name))
+        return cls.of([row for name in names for row in _rows(name)])
 
     @classmethod
     def of(cls, rows: Iterable[dict[str, Any]]) -> Texts:
         """Rows that are at hand.
 
         Raises:
-            TrainingError: too little text.
+            TrainingError: a row of another form, or too little text.
         """
-        documents: list[str] = []
-        questions: list[Question] = []
-        for row in rows:
-            if row.keys() >= _QUESTION:
-                questions.append(Question(row["context"], row["question"], tuple(row["answers"])))
-            elif row.keys() >= _INSTRUCTION:
-                documents.append(f"{row['prompt']}\n{row['response']}")
-            else:
-                documents.append(row["text"])
+        read = [_read(row, number) for number, row in enumerate(rows, 1)]
+        questions = [one for one in read if isinstance(one, Question)]
+        documents = [one for one in read if isinstance(one, str)]
         documents += dict.fromkeys(question.context for question in questions)
         random.Random(0).shuffle(documents)
-        plain = "\n\n".join(documents)
-        if len(plain) < _LEAST_CHARACTERS:
+        made = cls(documents, questions)
+        if len(made.plain) < _LEAST_CHARACTERS:
             raise TrainingError(
-                f"{len(plain):,} characters of text are too few to train on: give at least {_LEAST_CHARACTERS:,}"
+                f"{len(made.plain):,} characters of text are too few to train on: give at least {_LEAST_CHARACTERS:,}"
             )
-        return cls(plain, questions)
+        return made
+
+    @cached_property
+    def plain(self) -> str:
+        """All documents, joined by blank lines."""
+        return "\n\n".join(self.documents)
 
     @property
     def digest(self) -> str:
@@ -84,32 +87,33 @@ class Texts:
         return str(xxhash.xxh3_64_hexdigest((self.plain + asked).encode()))
 
     def split(self, share: float) -> tuple[Texts, Texts]:
-        """A training and a validation part; no context is in both."""
+        """A training and a validation part; no document and no context is in both."""
         contexts = list(dict.fromkeys(question.context for question in self.questions))
-        kept_back = set(contexts[len(contexts) - int(share * len(contexts)) :])
-        border = _border(self.plain, int((1 - share) * len(self.plain)))
-        plain = self.plain[:border]
-        for context in kept_back:
-            plain = plain.replace(context, "")
-        return (
-            Texts(plain, [question for question in self.questions if question.context not in kept_back]),
-            Texts(self.plain[border:], [question for question in self.questions if question.context in kept_back]),
+        others = [document for document in self.documents if document not in set(contexts)]
+        kept = {*_last(contexts, share), *_last(others, share)}
+        kept = kept or {self.documents[-1]}
+        return tuple(  # type: ignore[return-value]
+            Texts(
+                [document for document in self.documents if (document in kept) == back],
+                [question for question in self.questions if (question.context in kept) == back],
+            )
+            for back in (False, True)
         )
 
-    def passage(self, rng: random.Random, context: int, continuation: int) -> tuple[str, str]:
-        """A context of about so many characters and what follows it, both cut between words; in a short text less."""
+    def passage(self, at: float, context: int, continuation: int) -> tuple[str, str]:
+        """A context of about so many characters and what follows it, both cut between words; in a short text less.
+
+        Args:
+            at: where, from 0 to 1.
+            context: characters.
+            continuation: characters.
+        """
         context = min(context, max(1, len(self.plain) - continuation - _SLACK))
         last = max(1, len(self.plain) - context - continuation - _SLACK)
-        begin = _border(self.plain, rng.randrange(last)) + 1
+        begin = _border(self.plain, int(at * last)) + 1
         middle = _border(self.plain, begin + context)
         end = _border(self.plain, middle + continuation)
         return self.plain[begin:middle], self.plain[middle:end]
-
-
-_SLACK = 200
-"""Characters that the ends of words may add."""
-
-_SPACE = re.compile(r"\s")
 
 
 def _border(text: str, at: int) -> int:
@@ -118,11 +122,32 @@ def _border(text: str, at: int) -> int:
     return found.start() if found else len(text)
 
 
-def _checked_rows(name: str) -> Iterator[dict[str, Any]]:
-    for number, row in enumerate(_rows(name), 1):
-        if not (row.keys() >= _QUESTION or row.keys() >= _INSTRUCTION or "text" in row):
-            raise TrainingError(f"{name}: row {number} has {', '.join(row)}; expected {_USAGE}")
-        yield row
+def _last(items: Sequence[str], share: float) -> Sequence[str]:
+    """A share of them, at least two where there are four."""
+    count = max(int(share * len(items)), 2 if len(items) >= 4 else 0)
+    return items[len(items) - count :]
+
+
+def _read(row: dict[str, Any], number: int) -> Question | str:
+    if row.keys() >= {"context", "question", "answers"}:
+        answers = _answers(row["answers"])
+        if answers and all(isinstance(text, str) and text.strip() for text in (row["context"], row["question"])):
+            return Question(row["context"], row["question"], answers)
+        raise TrainingError(f"row {number}: context, question and at least one answer must be texts that are not empty")
+    for names in (("prompt", "response"), ("text",)):
+        if row.keys() >= set(names):
+            texts = [row[name] for name in names]
+            if all(isinstance(text, str) for text in texts) and any(text.strip() for text in texts):
+                return "\n".join(texts)
+            raise TrainingError(f"row {number}: {' and '.join(names)} must be text that is not empty")
+    raise TrainingError(f"row {number} has {', '.join(map(str, row))}; expected {_USAGE}")
+
+
+def _answers(given: Any) -> tuple[str, ...]:
+    """Texts of answers: one, a list of them, or SQuAD's own form; nothing if it is something else."""
+    listed = given.get("text") if isinstance(given, dict) else [given] if isinstance(given, str) else given
+    found = tuple(listed) if isinstance(listed, (list, tuple)) else ()
+    return found if all(isinstance(text, str) and text.strip() for text in found) else ()
 
 
 def _rows(name: str) -> Iterable[dict[str, Any]]:
@@ -130,10 +155,16 @@ def _rows(name: str) -> Iterable[dict[str, Any]]:
     if not path.exists():
         return _hub_rows(name)
     opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as file:
-        if ".jsonl" in path.suffixes:
-            return [json.loads(line) for line in file if line.strip()]
-        return [{"text": file.read()}]
+    try:
+        with opener(path, "rt", encoding="utf-8") as file:
+            if ".jsonl" not in path.suffixes:
+                return [{"text": file.read()}]
+            rows = [json.loads(line) for line in file if line.strip()]
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"{name}: cannot be read ({error})") from error
+    if not all(isinstance(row, dict) for row in rows):
+        raise TrainingError(f"{name}: every line must be a JSON object")
+    return rows
 
 
 def _hub_rows(name: str) -> Iterable[dict[str, Any]]:

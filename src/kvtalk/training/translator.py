@@ -60,11 +60,11 @@ class Pair:
         where = _flat([len(row) for row in before], tails, hidden.shape[1])
         return vectors, self.receiver.head_of(hidden.flatten(0, 1)[sent(where, hidden.device)])
 
-    def student_logits(self, batch: Batch, vectors: Tensor) -> Tensor:
+    def student_logits(self, batch: Batch, vectors: Tensor, shift: int = 0) -> Tensor:
         """The receiver's logits after the tails' tokens, ``[tokens of all tails, vocabulary]``, with translated vectors
         in the text's place."""
         spec, head = self.receiver.spec, self._head(batch.head)
-        counts = torch.tensor([len(row) for row in batch.receiver])
+        counts = torch.tensor([len(row) for row in batch.receiver]).roll(shift)
         cache = from_vectors(vectors.to(spec.dtype), counts, spec)
         begin, rows = len(batch.head), len(batch.receiver)
         steps = torch.arange(vectors.shape[1])
@@ -139,12 +139,12 @@ class Translation:
         ways = {
             "": latents,
             " narrow": squeezed(latents, min(64, latents.shape[2]), "int4"),
-            " wrong": latents.roll(1, dims=0),
+            " wrong": latents.roll(1, dims=0),  # with its own length
             " zeroed": torch.zeros_like(latents),
         }
         for name, used in ways.items():
             standard = module.decoder.standardised(used)
-            got = self.pair.student_logits(batch, self._vectors(standard))
+            got = self.pair.student_logits(batch, self._vectors(standard), shift=int(name == " wrong"))
             found[f"kl {kind}{name}"] = float(divergence(got, wanted))
             nll = answer_loss(got, batch)
             if nll is not None:
@@ -200,10 +200,11 @@ def _standardise(translator: Translator, pair: Pair, batches: Batches) -> None:
     """Means and deviations of both sides' channels over the first batches."""
     sums: list[list[Tensor]] = [[], []]
     for number in range(min(8, len(batches))):
-        batch = batches[number]
-        found = pair.sharer_vectors(batch), pair.taught(batch, with_logits=False)[0]
-        for parts, vectors in zip(sums, found, strict=True):
-            rows = vectors[:, : min(map(len, batch.receiver)) // 2].flatten(0, 1).double()
+        batch = batches[number, 0]
+        theirs = [len(row) - batch.start for row in batch.sharer]
+        found = (pair.sharer_vectors(batch), theirs), (pair.taught(batch, False)[0], list(map(len, batch.receiver)))
+        for parts, (vectors, counts) in zip(sums, found, strict=True):
+            rows = vectors[_left_real(counts, vectors.shape[1]).to(vectors.device)].double()
             parts.append(torch.stack([rows.sum(0), rows.square().sum(0), torch.full_like(rows[0], len(rows))]))
     encoder, decoder = translator.encoder, translator.decoder
     for means, scales, parts in ((encoder.mean, encoder.scale, sums[0]), (decoder.mean, decoder.scale, sums[1])):
