@@ -76,7 +76,7 @@ AdapterOption = Annotated[
     typer.Option(
         "--adapter",
         "-a",
-        help="Folder or hub id of the adapter between two different models; by default the one that comes with kvtalk.",
+        help="Folder or hub id of the adapter between two different models.",
     ),
 ]
 TaskOption = Annotated[str, typer.Option("--task", "-t", help="Name of the task; an unknown one lists them.")]

@@ -272,6 +272,7 @@ LATENT_LADDER = ("bf16", "int8", "int4")
 """Codecs of a whole latent, best first; a smaller budget is met by narrower latents in the last of them."""
 
 _NARROWEST = 16
+_MOST_TOKENS = 1 << 24
 
 
 def fit_latent(plan: Plan, limit: int, size: Callable[[Plan], int], latent: int | None) -> Plan:
@@ -296,16 +297,13 @@ def fit_latent(plan: Plan, limit: int, size: Callable[[Plan], int], latent: int 
         if size(candidate) <= limit:
             return candidate
     last = usable[-1]
-    low, high = 0, 1 << 24
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if size(replace(last, keep=middle)) <= limit else (low, middle)
-    if low == 0:
+    keep = _most_tokens(last, size, limit, _MOST_TOKENS)
+    if keep is None:
         raise BudgetError(
             f"a budget of {limit:,} bytes is too small: "
             f"the smallest possible packet of this context takes {size(replace(last, keep=1)):,} bytes"
         )
-    return replace(last, keep=low)
+    return replace(last, keep=keep)
 
 
 def _packable(plan: Plan, size: Callable[[Plan], int]) -> bool:

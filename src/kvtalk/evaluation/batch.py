@@ -1,7 +1,8 @@
 """What a model is given in each arm, for a batch of items.
 
 The harness stands on the wire: it takes the sharer's packets, hands the receiver those of another item (wrong) or
-packets whose keys and values it has set to zero (zeroed), and so finds out what reaches the receiver by another way.
+packets whose keys and values, or latents, it has set to zero (zeroed), and so finds out what reaches the receiver by
+another way.
 """
 
 from __future__ import annotations

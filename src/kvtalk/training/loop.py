@@ -1,7 +1,7 @@
 """The loop of every training: steps, learning rate, checkpoints, and validation on the way.
 
-It runs on a CPU, one GPU or several (``accelerate launch``); the batch of a step depends on the seed and the step
-alone, so a run that was stopped goes on to the same losses.
+Devices are accelerate's business. The batch of a step depends on the seed, the step and the process alone, so a run
+that was stopped goes on to the same losses.
 """
 
 from __future__ import annotations
