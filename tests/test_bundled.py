@@ -35,7 +35,7 @@ from kvtalk.models import LM
 from kvtalk.packet import Packet
 from kvtalk.training.batches import Batches, Example, Recipe
 from kvtalk.training.texts import Texts
-from kvtalk.training.translator import Pair, divergence
+from kvtalk.training.translator import Pair
 
 pytestmark = pytest.mark.models
 ROOT = Path(__file__).parents[1]
@@ -300,4 +300,4 @@ def test_vectors_in_the_texts_place_give_the_texts_logits(name: str) -> None:
     pair = Pair(lm, lm)
     vectors, wanted = pair.taught(batch, with_logits=True)
     assert wanted is not None
-    assert float(divergence(pair.student_logits(batch, vectors), wanted)) < 1e-6
+    assert float(pair.losses(pair.continued(batch, vectors), wanted, batch)["divergence"]) < 1e-6

@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from conftest import byte_tokenizer, random_cache, tiny_lm
 from kvtalk import Link, Plan, Receiver, Sharer
@@ -16,10 +17,11 @@ from kvtalk.alignment.tokens import tokenize
 from kvtalk.errors import AdapterError, AlignmentError, BudgetError, CacheError, PacketError, TrainingError
 from kvtalk.models import LM
 from kvtalk.packet import Packet
+from kvtalk.training import linear, losses
 from kvtalk.training.batches import Batches, Recipe
 from kvtalk.training.loop import Schedule
 from kvtalk.training.texts import Texts
-from kvtalk.training.translator import Pair, divergence, training
+from kvtalk.training.translator import Pair, training
 
 CONTEXT = "The ferry was built in 1931 by the Harlow yard; naïve people call it 北京 😀."
 OTHER = "Mara Oduya opened her bakery in the old mill."
@@ -66,7 +68,7 @@ def test_vectors_hold_every_key_and_value_of_every_token(models):
     for lm in models:
         ids = [list(range(3, 30)), list(range(9, 20))]
         cache, hidden = lm.read_whole(ids)
-        assert torch.allclose(lm.head_of(hidden[0, -1]), lm.model(torch.tensor(ids[:1])).logits[0, -1], atol=1e-4)
+        assert torch.allclose(lm.unembedding(hidden[0, -1]), lm.model(torch.tensor(ids[:1])).logits[0, -1], atol=1e-4)
         vectors = to_vectors(cache, lm.spec, start=2)
         assert vectors.shape == (2, 25, lm.spec.values_per_token)
         back = from_vectors(vectors, torch.tensor([25, 9]), lm.spec)
@@ -255,8 +257,8 @@ def test_the_receivers_own_vectors_are_as_good_as_the_text(models, texts):
         both = Pair(lm, lm)
         for batch in Batches(texts, lm, lm, RECIPE, 64).checks(3):
             vectors, wanted = both.taught(batch, True)
-            got = both.student_logits(batch, vectors)
-            assert float(divergence(got, wanted)) < 1e-6
+            got = both.losses(both.continued(batch, vectors), wanted, batch)
+            assert float(got["divergence"]) < 1e-6
 
 
 @pytest.fixture
@@ -267,11 +269,12 @@ def deterministic():
 
 
 @pytest.mark.usefixtures("deterministic")
-def test_training_goes_down_keeps_the_models_and_resumes_to_the_same_losses(models, texts, tmp_path):
+def test_training_goes_down_keeps_the_models_and_resumes_to_the_same_losses(models, texts, tmp_path, monkeypatch):
+    monkeypatch.setattr(linear, "_LARGEST", 0)  # from random matrices: these texts are all alike
     before = [{name: value.clone() for name, value in lm.model.state_dict().items()} for lm in models]
     recipe = dataclasses.replace(RECIPE, schedule=Schedule(24, warm_up=2))
 
-    def losses(out, until):
+    def seen_until(out, until):
         seen = {}
         run = training(*models, texts, geometry(*models), recipe, out)
         run.objective.checks = run.objective.checks[:1]
@@ -288,10 +291,10 @@ def test_training_goes_down_keeps_the_models_and_resumes_to_the_same_losses(mode
             run.run(report, check_every=6, report_every=6)
         return seen
 
-    whole = losses(tmp_path / "whole", 24)
-    assert whole[6]["mse text"] > whole[24]["mse text"]
-    losses(tmp_path / "cut", 12)
-    resumed = losses(tmp_path / "cut", 24)
+    whole = seen_until(tmp_path / "whole", 24)
+    assert whole[6]["kl text"] > whole[24]["kl text"]
+    seen_until(tmp_path / "cut", 12)
+    resumed = seen_until(tmp_path / "cut", 24)
     assert 6 not in resumed
     assert resumed[24]["kl text"] == whole[24]["kl text"]
     for lm, state in zip(models, before, strict=True):
@@ -345,3 +348,25 @@ def _nothing():
     from contextlib import nullcontext
 
     return nullcontext()
+
+
+@pytest.mark.parametrize("follows", [True, False])
+def test_losses_in_parts_are_the_losses_of_all_logits(follows, monkeypatch):
+    monkeypatch.setattr(losses, "_VALUES", {"cpu": 7 * 50})  # several parts, the last one smaller
+    torch.manual_seed(0)
+    head = torch.nn.Linear(8, 50, bias=False).requires_grad_(False)
+    states, wanted = torch.randn(16, 8, requires_grad=True), torch.randn(16, 8) if follows else None
+    labels, weights = torch.randint(0, 50, (16,)), torch.rand(2, 16)
+    weights[0, :3], weights[1, 3:6] = 0, 0
+    total, divergences, entropies = losses.token_losses(head, states, wanted, labels, weights)
+    total.backward()
+    found, states.grad = states.grad, None
+    mine = head(states).log_softmax(-1)
+    expected = [torch.zeros(16), F.cross_entropy(head(states), labels, reduction="none")]
+    if wanted is not None:
+        theirs = head(wanted).log_softmax(-1)
+        expected[0] = (theirs.exp() * (theirs - mine)).sum(-1)
+    sum((one * weight).sum() for one, weight in zip(expected, weights, strict=True)).backward()
+    torch.testing.assert_close(found, states.grad, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(divergences, expected[0].detach(), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(entropies, expected[1].detach(), atol=1e-5, rtol=1e-4)

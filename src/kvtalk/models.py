@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     DynamicCache,
     LogitsProcessorList,
@@ -75,7 +77,6 @@ class LM:
         self.spec: ModelSpec = read_spec(model, tokenizer)
         self.prompt = prompt or default_format(tokenizer)
         self._heads: dict[tuple[int, ...], KVCache] = {}
-        self._plain_head: bool | None = None
         self._check_placement()
 
     @classmethod
@@ -166,36 +167,38 @@ class LM:
         Rows are padded on the right, where causal attention needs no mask, so this is the fast way to read many.
 
         Returns:
-            their cache, and the hidden states after the last layer, ``[batch, tokens, hidden]``, for :meth:`head_of`.
+            their cache, and the hidden states after the last layer, ``[batch, tokens, hidden]``, for
+            :attr:`unembedding`.
 
         Raises:
             InputError: an empty sequence, or one longer than the model reads.
         """
-        ids, positions = (x.flip(1) for x in self._padded([row[::-1] for row in batch]))
+        ids, positions = self._padded(batch)
         counts = (positions != PADDING).sum(dim=1, keepdim=True)
         steps = torch.arange(positions.shape[1])
+        ids = ids.gather(1, (steps - counts) % len(steps))
         cache = DynamicCache()
         output = self.model.get_decoder()(input_ids=sent(ids, self.device), past_key_values=cache, use_cache=True)
         positions = torch.where(steps < counts, steps, PADDING)
         return KVCache.from_transformers(cache, positions), torch.as_tensor(output.last_hidden_state)
 
-    def head_of(self, hidden: Tensor) -> Tensor:
-        """Logits of hidden states as :meth:`read_whole` gives them, ``[..., hidden]`` to ``[..., vocabulary]``.
+    @cached_property
+    def unembedding(self) -> nn.Linear:
+        """Makes logits of hidden states as :meth:`read_whole` and :meth:`states` give them.
 
         Raises:
             ModelError: a model that does more to its hidden states than to multiply them with an output matrix.
         """
-        if self._plain_head is None:
-            ids = torch.tensor([[11, 12, 13]], device=self.device)
-            with torch.no_grad():
-                own = self.model(ids).logits.float()
-                plain = self.model.get_output_embeddings()(self.model.get_decoder()(ids).last_hidden_state).float()
-            self._plain_head = bool((own - plain).norm() <= 0.02 * own.norm())
-        if not self._plain_head:
+        matrix = self.model.get_output_embeddings()
+        ids = torch.tensor([[11, 12, 13]], device=self.device)
+        with torch.no_grad():
+            own = self.model(ids).logits.float()
+            plain = matrix(self.model.get_decoder()(ids).last_hidden_state).float()
+        if not isinstance(matrix, nn.Linear) or not bool((own - plain).norm() <= 0.02 * own.norm()):
             raise ModelError(
                 f"{self.spec.fingerprint.arch}: its logits are scaled or capped; no adapter can be trained"
             )
-        return torch.as_tensor(self.model.get_output_embeddings()(hidden))
+        return matrix
 
     def place(
         self, contexts: Sequence[Sequence[Prefix]], *, room: int = 256, gaps: bool = True, head: bool = True
@@ -219,6 +222,13 @@ class LM:
         with attending(self.model), torch.set_grad_enabled(placed.requires_grad and torch.is_grad_enabled()):
             output = self.model(**inputs, past_key_values=placed, use_cache=True, logits_to_keep=keep)
         return torch.as_tensor(output.logits)
+
+    def states(self, prompts: Sequence[Sequence[int]], placed: PlacedCache) -> Tensor:
+        """Like :meth:`logits`, but the hidden states after the last layer, ``[batch, tokens, hidden]``."""
+        inputs = self._continuation(prompts, placed)
+        with attending(self.model), torch.set_grad_enabled(placed.requires_grad and torch.is_grad_enabled()):
+            output = self.model.get_decoder()(**inputs, past_key_values=placed, use_cache=True)
+        return torch.as_tensor(output.last_hidden_state)
 
     @torch.no_grad()
     def generate(
@@ -312,7 +322,7 @@ class LM:
         return Generation(text.strip(), tuple(ids[:kept]), first - watch.started, end - first, mean)
 
     def _continuation(self, prompts: Sequence[Sequence[int]], placed: PlacedCache) -> dict[str, Tensor]:
-        ids, offsets = (x.to(self.device) for x in self._padded(prompts))
+        ids, offsets = (sent(x, self.device) for x in self._padded(prompts))
         real = offsets != PADDING
         positions = torch.where(real, offsets + placed.next_positions[:, None], 0)
         before = real.new_ones((len(prompts), placed.columns))
@@ -324,16 +334,15 @@ class LM:
 
     def _padded(self, batch: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
         """Left-padded ids and positions (−1 for padding), both ``[batch, tokens]``."""
-        longest = max((len(ids) for ids in batch), default=0)
-        if min((len(ids) for ids in batch), default=0) == 0:
+        counts = torch.tensor([len(ids) for ids in batch])
+        longest = int(counts.max()) if batch else 0
+        if not batch or int(counts.min()) == 0:
             raise InputError("nothing to read: the text is empty")
         self._check_length(longest, "the text has")
-        pad = self.tokenizer.pad_token_id or 0
-        ids = torch.tensor([[pad] * (longest - len(row)) + list(row) for row in batch])
-        positions = torch.tensor(
-            [[PADDING] * (longest - len(row)) + list(range(len(row))) for row in batch], dtype=torch.long
-        )
-        return ids, positions
+        positions = torch.arange(longest) - (longest - counts)[:, None]
+        ids = torch.full_like(positions, self.tokenizer.pad_token_id or 0)
+        ids[positions >= 0] = torch.tensor(list(chain.from_iterable(batch)))
+        return ids, positions.clamp_(min=PADDING)
 
     def _check_length(self, tokens: int, what: str) -> None:
         if tokens > self.spec.max_positions:

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from kvtalk.cache import PADDING, KVCache, LayerCache, LayerSource, Prefix
+from kvtalk.device import sent
 from kvtalk.errors import CacheError, ModelError
 from kvtalk.rope import AngleTable, rotate
 from kvtalk.spec import LayerSpec, ModelSpec
@@ -115,7 +116,7 @@ class PlacedCache(Cache):  # type: ignore[misc]
         self.next_positions = next_positions
         self.spec = spec
         tracks, self._track_of = _shared_tracks(positions)
-        self._tracks = [track.to(next_positions.device) for track in tracks]
+        self._tracks = [sent(track, next_positions.device) for track in tracks]
         self._masks: dict[tuple[int, int | None], Tensor | None] = {}
         self._queries = next_positions[:, None]
 
@@ -249,10 +250,11 @@ def attending(model: PreTrainedModel) -> Iterator[None]:
 
     def announce(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         cache = kwargs.get("past_key_values")
-        if not isinstance(cache, PlacedCache):
+        mask = kwargs.get("attention_mask")  # generate drops a mask without padding
+        told = isinstance(mask, dict) or (mask is not None and mask.dim() == 4)  # the decoder, by its model
+        if not isinstance(cache, PlacedCache) or told:
             return None
         positions = kwargs["position_ids"]
-        mask = kwargs.get("attention_mask")  # generate drops a mask without padding
         real = torch.ones_like(positions) if mask is None else mask[:, -positions.shape[1] :]
         cache.begin(positions, real.bool())
         # A mask that is already four-dimensional is handed through as it is, so the model builds none in vain.
@@ -268,7 +270,7 @@ def attending(model: PreTrainedModel) -> Iterator[None]:
             mask = torch.zeros(mask.shape, dtype=model.dtype, device=mask.device).masked_fill(~mask, blocked)
         return args, {**kwargs, "attention_mask": mask}
 
-    handles = [model.register_forward_pre_hook(announce, with_kwargs=True)]
+    handles = [part.register_forward_pre_hook(announce, with_kwargs=True) for part in (model, decoder)]
     handles += [
         module.register_forward_pre_hook(swap_mask, with_kwargs=True)
         for layer in decoder.layers

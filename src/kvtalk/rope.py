@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvtalk.device import sent
+
 _CHUNK_VALUES = {"cpu": 1 << 16}
 """Values to work on at a time: few enough for a processor's cache; elsewhere everything at once."""
 
@@ -42,7 +44,7 @@ class Rope:
         Returns:
             cosines and sines, ``[batch, 1, tokens, rotary_dim / 2]`` in float32, on the device of ``positions``.
         """
-        frequencies = torch.tensor(self.frequencies, dtype=torch.float32, device=positions.device)
+        frequencies = sent(torch.tensor(self.frequencies, dtype=torch.float32), positions.device)
         if positions.dim() == 1:
             positions = positions[None]
         radians = positions[:, None, :, None].to(torch.float32) * frequencies

@@ -57,7 +57,7 @@ class SharerHalf:
         head = lead(self.lm)
         theirs, ours = tokenize(self.lm.tokenizer, contexts), tokenize(self.tokenizer, contexts)
         cache, _ = self.lm.read_whole([head + one.ids for one in theirs])
-        vectors = to_vectors(cache, self.lm.spec, len(head)).float()
+        vectors = to_vectors(cache, self.lm.spec, len(head))
         latents = self.encoder(vectors, pair(theirs, ours).to(self.lm.device))
         counts = torch.tensor([len(one.ids) for one in ours])
         steps = torch.arange(latents.shape[1])

@@ -53,7 +53,7 @@ class Geometry:
     encoder_blocks: int = 1
     decoder_blocks: int = 2
     expansion: float = 2.0
-    bottleneck: int = 128
+    bottleneck: int = 96
 
     def __post_init__(self) -> None:
         """Refuse sizes that cannot be.
@@ -147,7 +147,8 @@ class Block(nn.Module):
 def _linear(layer: nn.Module, inputs: Tensor) -> Tensor:
     """A layer whose matrix may be in another type than what comes in."""
     assert isinstance(layer, nn.Linear)
-    outputs: Tensor = layer(inputs.to(layer.weight.dtype))
+    automatic = torch.is_autocast_enabled(inputs.device.type)
+    outputs: Tensor = layer(inputs if automatic else inputs.to(layer.weight.dtype))
     return outputs
 
 
@@ -179,7 +180,6 @@ class Encoder(nn.Module):
         self.sharer_blocks = _blocks(geometry, geometry.sharer_blocks)
         self.place = nn.Parameter(torch.zeros(3, 2 * _FARTHEST + 1, width))
         self.blocks = _blocks(geometry, geometry.encoder_blocks)
-        self.norm = nn.RMSNorm(width)
         self.latent = nn.Linear(width, geometry.latent, bias=False)
 
     def forward(self, vectors: Tensor, pairing: Pairing) -> Tensor:
@@ -193,12 +193,13 @@ class Encoder(nn.Module):
         Returns:
             ``[batch, receiver tokens, latent]``, float32.
         """
-        hidden = _linear(self.inward, (vectors - self.mean) / self.scale).float()
+        mean, scale = self.mean.to(vectors.dtype), self.scale.to(vectors.dtype)
+        hidden = _linear(self.inward, (vectors - mean) / scale).float()
         hidden = _through(self.sharer_blocks, hidden)
         hidden = hidden.gather(1, pairing.index[:, :, None].expand(-1, -1, hidden.shape[2]))
         for number, table in enumerate(self.place):
             hidden = hidden + F.embedding(pairing.place[:, :, number], table)
-        return _linear(self.latent, self.norm(_through(self.blocks, hidden))).float()
+        return _linear(self.latent, _through(self.blocks, hidden)).float()
 
 
 class Decoder(nn.Module):
@@ -228,14 +229,14 @@ class Decoder(nn.Module):
         Returns:
             ``[batch, tokens, receiver_values]``, float32, see :func:`kvtalk.adapters.vectors.from_vectors`.
         """
-        return self.standardised(latents) * self.scale + self.mean
+        return torch.addcmul(self.mean, self.standardised(latents), self.scale)
 
     def standardised(self, latents: Tensor) -> Tensor:
         """The same, each channel with mean 0 and deviation 1 over ordinary text."""
         weight = self.latent.weight[:, : latents.shape[2]]
         hidden = F.linear(latents.to(weight.dtype), weight).float()
-        hidden = self.norm(_through(self.blocks, hidden))
-        narrow = F.silu(_linear(self.down, hidden)).view(*hidden.shape[:2], len(self.up), -1)
+        hidden = _through(self.blocks, hidden)
+        narrow = F.silu(_linear(self.down, self.norm(hidden))).view(*hidden.shape[:2], len(self.up), -1)
         curved = torch.einsum("btlh,lhv->btlv", narrow, self.up).flatten(2)
         return (_linear(self.outward, hidden) + curved).float()
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kvtalk.cache import PADDING, KVCache, LayerCache
+from kvtalk.device import sent
 from kvtalk.errors import CacheError
 from kvtalk.loading import bos
 from kvtalk.models import LM
@@ -41,7 +42,7 @@ def to_vectors(cache: KVCache, spec: ModelSpec, start: int) -> Tensor:
     for positions in {id(layer.positions): layer.positions for layer in cache.layers}.values():
         if positions.shape[1] != longest or not bool(((positions == steps) | (positions == PADDING)).all()):
             raise CacheError("a layer lacks tokens of the context: read it with read_whole()")
-    there = steps[start:].to(cache.layers[0].keys.device)
+    there = sent(steps[start:], cache.layers[0].keys.device)
     ropes = [shape.rope for shape in spec.layers]
     keys = rotate_layers([layer.keys[:, :, start:] for layer in cache.layers], ropes, there, inverse=True)
     values = [layer.values[:, :, start:] for layer in cache.layers]

@@ -34,11 +34,13 @@ class Recipe:
         codecs: with which latents are packed; drawn by chance, ``bf16`` stands for none.
         widths: to which latents are cut; drawn by chance.
         whole: share of the steps with whole latents.
+        packing: codec in which the adapter's matrices will be stored; None for none.
+        packed: share of the steps, the last ones, in which they are rounded by it.
         seed: of everything drawn.
     """
 
     schedule: Schedule = field(default_factory=Schedule)
-    regression: float = 0.25
+    regression: float = 0.1
     tokens: int = 20_480
     questions: float = 0.5
     regression_weight: float = 0.3
@@ -47,6 +49,8 @@ class Recipe:
     codecs: tuple[str, ...] = ("bf16", "bf16", "int8", "int4", "int4", "int2")
     widths: tuple[int, ...] = (16, 32, 64, 128, 256, 512)
     whole: float = 0.4
+    packing: str | None = None
+    packed: float = 0.2
     seed: int = 0
 
     def regresses(self, step: int) -> bool:
@@ -129,8 +133,10 @@ class Batches(Dataset[Batch]):
         regressing = recipe.regresses(step)
         if self.texts.questions and rng.random() < recipe.questions * (0.5 if regressing else 1):
             others = rng.choice([0, 0, 1, 2])
-            rows = max(4, recipe.tokens // (256 * (1 + others)))
-            asked = [rng.choice(self.texts.questions) for _ in range(rows)]
+            rows = max(4, recipe.tokens // (192 * (1 + others)))
+            drawn = sorted(rng.choices(self.texts.questions, k=8 * rows), key=lambda question: len(question.context))
+            first = rng.randrange(7 * rows + 1)
+            asked = drawn[first : first + rows]  # of like lengths, so that little is padding
             return self.of(self._questions(rng, asked, others), self.receiver_head, width, noise)
         context = int(math.exp(rng.uniform(math.log(recipe.shortest), math.log(recipe.longest))))
         rows = min(_MOST_ROWS if regressing else _MOST_ROWS // 4, max(4, recipe.tokens * 4 // context))

@@ -38,7 +38,7 @@ def translator(
     rate: Annotated[float, typer.Option(help="Learning rate at its peak.")] = 2e-3,
     optimizer: Annotated[str, typer.Option(help="muon or adamw.")] = "muon",
     questions: Annotated[float, typer.Option(min=0, max=1, help="Share of later steps that ask questions.")] = 0.5,
-    regression: Annotated[float, typer.Option(min=0, max=1, help="Share of steps that only regress.")] = 0.25,
+    regression: Annotated[float, typer.Option(min=0, max=1, help="Share of steps that only regress.")] = 0.1,
     longest: Annotated[int, typer.Option(min=200, help="Characters of the longest plain contexts.")] = 4000,
     width: Annotated[int, typer.Option(min=64, help="Channels of the adapter, a multiple of 64.")] = 576,
     latent: Annotated[int, typer.Option(min=16, help="Numbers of a whole latent.")] = 1024,
@@ -83,6 +83,7 @@ def translator(
         longest=longest,
         regression=regression,
         widths=tuple(size for size in Recipe.widths if size < latent),
+        packing=pack,
         seed=seed,
     )
     run = training(reads, answers, texts, geometry, recipe, out_folder)

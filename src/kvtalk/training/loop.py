@@ -10,6 +10,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -58,6 +59,9 @@ class Objective(Protocol):
     def measure(self, module: nn.Module) -> dict[str, float]:
         """Validation, controls included."""
 
+    def during(self, module: nn.Module, step: int) -> AbstractContextManager[None]:
+        """Holds while a step's losses and gradients are computed, and while the module is measured after it."""
+
 
 class Loop:
     """A training run in a folder.
@@ -89,6 +93,7 @@ class Loop:
         Raises:
             TrainingError: the folder holds a run of other settings, or an unknown optimizer.
         """
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it would prepare itself anew for every shape
         self.accelerator = Accelerator(mixed_precision="bf16" if torch.cuda.is_available() else "no")
         self.objective, self.batches, self.schedule, self.out = objective, batches, schedule, out
         optimizers = _optimizers(module, schedule)
@@ -125,7 +130,8 @@ class Loop:
                     self._note(report, self.step + 1, shown)
                 self.step += 1
                 if checks:
-                    measured = self.objective.measure(self.module)
+                    with self.objective.during(self.module, self.step):
+                        measured = self.objective.measure(self.module)
                     self._check(measured)
                     self._save()
                     self._note(report, self.step, measured)
@@ -148,9 +154,10 @@ class Loop:
         share = self.schedule.share(self.step)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = share * self.schedule.rate
-        losses = self.objective.losses(self.wrapped, batch, self.step)
-        self.accelerator.backward(losses["total"])
+                group["lr"] = share * self.schedule.rate * group.get("scale", 1)
+        with self.objective.during(self.module, self.step):
+            losses = self.objective.losses(self.wrapped, batch, self.step)
+            self.accelerator.backward(losses["total"])
         self.accelerator.clip_grad_norm_(self.module.parameters(), 1.0)
         for optimizer in self.optimizers:
             optimizer.step()
@@ -219,6 +226,9 @@ def _optimizers(module: nn.Module, schedule: Schedule) -> list[torch.optim.Optim
     if schedule.optimizer == "adamw":
         return [torch.optim.AdamW([*matrices, *rest], betas=(0.9, 0.95), **options)]
     if schedule.optimizer == "muon":
-        muon = torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw", **options)
+        groups = [
+            {"params": [matrix], "scale": 5 * min(1.0, matrix.shape[0] / matrix.shape[1]) ** 0.5} for matrix in matrices
+        ]
+        muon = torch.optim.Muon(groups, adjust_lr_fn="original", **options)
         return [muon, torch.optim.AdamW(rest, betas=(0.9, 0.95), **options)]
     raise TrainingError(f"no optimizer {schedule.optimizer!r}; there are muon, adamw")

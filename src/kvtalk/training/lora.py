@@ -7,18 +7,19 @@ by that is no merit of the sharer's cache.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
 import peft
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvtalk.device import sent
 from kvtalk.models import LM
 from kvtalk.training.batches import Batch, Batches, Recipe
 from kvtalk.training.loop import Loop
+from kvtalk.training.losses import token_losses
 from kvtalk.training.texts import Texts
 from kvtalk.training.translator import KEPT_BACK
 
@@ -32,6 +33,10 @@ class Reading:
     def losses(self, module: nn.Module, batch: Batch, step: int) -> dict[str, Tensor]:
         """Cross-entropy, nats a token."""
         return {"total": self._loss(batch)}
+
+    def during(self, module: nn.Module, step: int) -> AbstractContextManager[None]:
+        """Nothing special."""
+        return nullcontext()
 
     @torch.no_grad()
     def measure(self, module: nn.Module) -> dict[str, float]:
@@ -52,8 +57,10 @@ class Reading:
             learned = answer or len(tail)
             before += range(number * longest + len(row) - learned - 1, number * longest + len(row) - 1)
             labels += row[len(row) - learned :]
-        logits = self.lm.head_of(hidden.flatten(0, 1)[sent(torch.tensor(before), hidden.device)])
-        return F.cross_entropy(logits.float(), sent(torch.tensor(labels), logits.device))
+        states = hidden.flatten(0, 1)[sent(torch.tensor(before), hidden.device)]
+        weights = torch.full((2, len(labels)), 1 / len(labels), device=states.device)
+        weights[0] = 0
+        return token_losses(self.lm.unembedding, states, None, sent(torch.tensor(labels), states.device), weights)[0]
 
 
 def training(lm: LM, texts: Texts, rank: int, recipe: Recipe, out: Path) -> Loop:
@@ -72,7 +79,6 @@ def training(lm: LM, texts: Texts, rank: int, recipe: Recipe, out: Path) -> Loop
     learned, kept_back = texts.split(KEPT_BACK)
     checks = Batches(kept_back, lm, lm, recipe, 1).checks(32)
     torch.manual_seed(recipe.seed)
-    lm.head_of(torch.zeros(1, lm.spec.config.hidden_size, dtype=lm.spec.dtype, device=lm.device))
     tuned = peft.get_peft_model(lm.model, peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear"))
     settings = {
         "rank": rank,

@@ -8,27 +8,33 @@ translator serves every budget. (Recipe: docs/translator.md.)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvtalk.adapters.translator import Geometry, Translator, squeezed
 from kvtalk.adapters.vectors import from_vectors, to_vectors
 from kvtalk.cache import PADDING, KVCache
+from kvtalk.codecs import codec
 from kvtalk.device import sent
 from kvtalk.models import LM
 from kvtalk.placement import PlacedCache, PlacedLayer
 from kvtalk.rope import rotate_layers
 from kvtalk.training.batches import Batch, Batches, Recipe
+from kvtalk.training.linear import begin_linear
 from kvtalk.training.loop import Loop
+from kvtalk.training.losses import token_losses
 from kvtalk.training.texts import Texts
 
 KEPT_BACK = 0.03
 """Share of the texts for validation."""
+
+_FITTED_ON = 8
+"""Batches from which the start is computed."""
 
 
 class Pair:
@@ -45,24 +51,31 @@ class Pair:
         return to_vectors(self.sharer.read_whole(batch.sharer)[0], self.sharer.spec, batch.start)
 
     @torch.no_grad()
-    def taught(self, batch: Batch, with_logits: bool) -> tuple[Tensor, Tensor | None]:
-        """The receiver that reads the text: its vectors of the context, and its logits after the tails' tokens.
+    def taught(self, batch: Batch, tails: bool) -> tuple[Tensor, Tensor | None]:
+        """The receiver that reads the text: its vectors of the context, and its last layer's hidden states of the
+        tails' tokens, if it reads these.
 
         Returns:
-            ``[batch, tokens, receiver_values]`` and ``[tokens of all tails, vocabulary]``.
+            ``[batch, tokens, receiver_values]`` and ``[tokens of all tails, hidden]``.
         """
-        tails = batch.tails if with_logits else [[]] * len(batch.tails)
+        follow = batch.tails if tails else [[]] * len(batch.tails)
         before = [batch.head + context for context in batch.receiver]
-        cache, hidden = self.receiver.read_whole([*map(list.__add__, before, tails)])
+        cache, hidden = self.receiver.read_whole([*map(list.__add__, before, follow)])
         vectors = to_vectors(cache, self.receiver.spec, len(batch.head))[:, : batch.pairing.index.shape[1]]
-        if not with_logits:
+        if not tails:
             return vectors, None
-        where = _flat([len(row) for row in before], tails, hidden.shape[1])
-        return vectors, self.receiver.head_of(hidden.flatten(0, 1)[sent(where, hidden.device)])
+        where = _flat([len(row) for row in before], follow, hidden.shape[1])
+        return vectors, hidden.flatten(0, 1)[sent(where, hidden.device)]
 
-    def student_logits(self, batch: Batch, vectors: Tensor, shift: int = 0) -> Tensor:
-        """The receiver's logits after the tails' tokens, ``[tokens of all tails, vocabulary]``, with translated vectors
-        in the text's place."""
+    def continued(self, batch: Batch, vectors: Tensor, shift: int = 0) -> Tensor:
+        """The receiver's hidden states of the tails' tokens, ``[tokens of all tails, hidden]``, with translated vectors
+        in the text's place.
+
+        Args:
+            batch: whose tails to read.
+            vectors: in the contexts' place, ``[batch, tokens, receiver_values]``.
+            shift: rows by which these were rolled; they keep their own lengths.
+        """
         spec, head = self.receiver.spec, self._head(batch.head)
         counts = torch.tensor([len(row) for row in batch.receiver]).roll(shift)
         cache = from_vectors(vectors.to(spec.dtype), counts, spec)
@@ -71,7 +84,7 @@ class Pair:
         positions = torch.where(steps < counts[:, None], steps + begin, PADDING)
         positions = torch.cat([torch.arange(begin).expand(rows, -1), positions], dim=1)
         ropes = [shape.rope for shape in spec.layers]
-        turned = rotate_layers([layer.keys for layer in cache.layers], ropes, (steps + begin).to(vectors.device))
+        turned = rotate_layers([layer.keys for layer in cache.layers], ropes, sent(steps + begin, vectors.device))
         layers = []
         for index, (keys, layer) in enumerate(zip(turned, cache.layers, strict=True)):
             values = layer.values
@@ -80,12 +93,27 @@ class Pair:
                 keys = torch.cat([own.keys.expand(rows, -1, -1, -1), keys], dim=2)
                 values = torch.cat([own.values.expand(rows, -1, -1, -1), values], dim=2)
             layers.append(PlacedLayer(keys, values, keys.shape[2]))
-        ends = (counts + begin).to(vectors.device)
+        ends = sent(counts + begin, vectors.device)
         placed = PlacedCache(layers, [positions] * len(layers), ends, spec)
-        logits = self.receiver.logits(batch.tails, placed)
-        longest = logits.shape[1]
+        hidden = self.receiver.states(batch.tails, placed)
+        longest = hidden.shape[1]
         where = _flat([longest - len(tail) for tail in batch.tails], batch.tails, longest)
-        return logits.flatten(0, 1)[sent(where, logits.device)]
+        return hidden.flatten(0, 1)[sent(where, hidden.device)]
+
+    def losses(self, states: Tensor, wanted: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Divergence from the receiver that read the text, and cross-entropy of answers, mean nats a token.
+
+        The divergence counts where no answer is to be written: there the gold answer is the better teacher. Gradients
+        flow through their sum, ``total``.
+        """
+        labels, told = _labels(batch)
+        weights = sent(torch.stack([~told / (~told).sum(), told / told.sum().clamp(min=1)]), states.device)
+        labels = sent(labels, states.device)
+        total, divergences, entropies = token_losses(self.receiver.unembedding, states, wanted, labels, weights)
+        found = {"divergence": (divergences * weights[0]).sum(), "total": total}
+        if any(batch.answers):
+            found["answers"] = (entropies * weights[1]).sum()
+        return found
 
     def _head(self, ids: list[int]) -> KVCache | None:
         key = tuple(ids)
@@ -103,20 +131,32 @@ class Translation:
 
     def losses(self, module: nn.Module, batch: Batch, step: int) -> dict[str, Tensor]:
         """Regression (mean squared error of standardised channels), and nats a token."""
-        target, wanted = self.pair.taught(batch, with_logits=not self.recipe.regresses(step))
+        target, wanted = self.pair.taught(batch, tails=not self.recipe.regresses(step))
         theirs = self.pair.sharer_vectors(batch)
         standard = module(theirs, batch.pairing.to(theirs.device), batch.width, batch.codec).float()
-        found = {"regression": self._regression(standard, target, batch)}
+        regression = self._regression(standard, target, batch, every=1 if wanted is None else 4)
         if wanted is None:
-            return {**found, "total": found["regression"]}
-        got = self.pair.student_logits(batch, self._vectors(standard))
-        found["divergence"] = divergence(got, wanted)
-        total = self.recipe.regression_weight * found["regression"] + found["divergence"]
-        answers = answer_loss(got, batch)
-        if answers is not None:
-            found["answers"] = answers
-            total = total + answers
-        return {**found, "total": total}
+            return {"regression": regression, "total": regression}
+        found = self.pair.losses(self.pair.continued(batch, self._vectors(standard)), wanted, batch)
+        total = found["total"] + self.recipe.regression_weight * regression
+        return {**found, "regression": regression, "total": total}
+
+    @contextmanager
+    def during(self, module: nn.Module, step: int) -> Iterator[None]:
+        """In the last steps matrices are as the adapter's file will hold them; their gradients move the exact ones."""
+        recipe = self.recipe
+        if recipe.packing is None or step < (1 - recipe.packed) * recipe.schedule.steps:
+            yield
+            return
+        exact = [(parameter, parameter.data) for parameter in module.parameters() if parameter.dim() > 1]
+        for parameter, data in exact:
+            flat = data.reshape(1, -1, data.shape[-1])
+            parameter.data = codec(recipe.packing).simulated(flat).view_as(data)
+        try:
+            yield
+        finally:
+            for parameter, data in exact:
+                parameter.data = data
 
     @torch.no_grad()
     def measure(self, module: nn.Module) -> dict[str, float]:
@@ -128,14 +168,14 @@ class Translation:
         return {name: sum(values) / len(values) for name, values in found.items()}
 
     def _measured(self, module: nn.Module, batch: Batch) -> dict[str, float]:
-        target, wanted = self.pair.taught(batch, with_logits=True)
+        target, wanted = self.pair.taught(batch, tails=True)
         assert wanted is not None
         assert isinstance(module, Translator)
         found: dict[str, float] = {}
         latents = module.encoder(self.pair.sharer_vectors(batch), batch.pairing.to(target.device))
-        told, kind = answer_loss(wanted, batch), "answers" if any(batch.answers) else "text"
-        if told is not None:
-            found["nll text"] = float(told)
+        kind = "questions" if any(batch.answers) else "text"
+        if any(batch.answers):
+            found["nll text"] = float(self.pair.losses(wanted, wanted, batch)["answers"])
         ways = {
             "": latents,
             " narrow": squeezed(latents, min(64, latents.shape[2]), "int4"),
@@ -144,22 +184,24 @@ class Translation:
         }
         for name, used in ways.items():
             standard = module.decoder.standardised(used)
-            got = self.pair.student_logits(batch, self._vectors(standard), shift=int(name == " wrong"))
-            found[f"kl {kind}{name}"] = float(divergence(got, wanted))
-            nll = answer_loss(got, batch)
-            if nll is not None:
-                found[f"nll{name}"] = float(nll)
+            states = self.pair.continued(batch, self._vectors(standard), shift=int(name == " wrong"))
+            losses = self.pair.losses(states, wanted, batch)
+            found[f"kl {kind}{name}"] = float(losses["divergence"])
+            if any(batch.answers):
+                found[f"nll{name}"] = float(losses["answers"])
             if not name:
                 found[f"mse {kind}"] = float(self._regression(standard, target, batch))
         return found
 
     def _vectors(self, standard: Tensor) -> Tensor:
-        return standard * self.decoder.scale + self.decoder.mean
+        return torch.addcmul(self.decoder.mean, standard, self.decoder.scale)
 
-    def _regression(self, standard: Tensor, target: Tensor, batch: Batch) -> Tensor:
-        wanted = (target - self.decoder.mean) / self.decoder.scale
-        real = sent(_left_real([len(row) for row in batch.receiver], standard.shape[1]), standard.device)
-        return ((standard - wanted).square().mean(dim=2) * real).sum() / real.sum()
+    def _regression(self, standard: Tensor, target: Tensor, batch: Batch, every: int = 1) -> Tensor:
+        """Mean squared error of every so many tokens."""
+        where = _flat([0] * len(batch.receiver), batch.receiver, standard.shape[1])[::every]
+        where = sent(where, standard.device)
+        wanted = (target.flatten(0, 1)[where] - self.decoder.mean) / self.decoder.scale
+        return (standard.flatten(0, 1)[where] - wanted).square().mean()
 
 
 def training(sharer: LM, receiver: LM, texts: Texts, geometry: Geometry, recipe: Recipe, out: Path) -> Loop:
@@ -191,46 +233,28 @@ def training(sharer: LM, receiver: LM, texts: Texts, geometry: Geometry, recipe:
     }
     loop = Loop(translator, Translation(pair, translator, recipe, checks), batches, recipe.schedule, settings, out)
     if loop.step == 0:
-        _standardise(translator, pair, batches)
+        begin_linear(translator, _aligned(pair, batches))
     return loop
 
 
-@torch.no_grad()
-def _standardise(translator: Translator, pair: Pair, batches: Batches) -> None:
-    """Means and deviations of both sides' channels over the first batches."""
-    sums: list[list[Tensor]] = [[], []]
-    for number in range(min(8, len(batches))):
+def _aligned(pair: Pair, batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
+    """Both models' vectors of the receiver's tokens of the first batches."""
+    for number in range(min(_FITTED_ON, len(batches))):
         batch = batches[number, 0]
-        theirs = [len(row) - batch.start for row in batch.sharer]
-        found = (pair.sharer_vectors(batch), theirs), (pair.taught(batch, False)[0], list(map(len, batch.receiver)))
-        for parts, (vectors, counts) in zip(sums, found, strict=True):
-            rows = vectors[_left_real(counts, vectors.shape[1]).to(vectors.device)].double()
-            parts.append(torch.stack([rows.sum(0), rows.square().sum(0), torch.full_like(rows[0], len(rows))]))
-    encoder, decoder = translator.encoder, translator.decoder
-    for means, scales, parts in ((encoder.mean, encoder.scale, sums[0]), (decoder.mean, decoder.scale, sums[1])):
-        total, squares, count = torch.stack(parts).sum(0)
-        means.copy_(total / count)
-        scales.copy_((squares / count - (total / count).square()).clamp(min=1e-6).sqrt())
+        theirs, ours = pair.sharer_vectors(batch), pair.taught(batch, False)[0]
+        real = _left_real([len(row) for row in batch.receiver], ours.shape[1]).to(ours.device)
+        rows = torch.arange(len(theirs), device=ours.device)[:, None]
+        yield theirs[rows, batch.pairing.index.to(ours.device)][real], ours[real]
 
 
-def divergence(got: Tensor, wanted: Tensor) -> Tensor:
-    """Mean KL(wanted ‖ got) in nats of logits ``[tokens, vocabulary]``."""
-    theirs, ours = wanted.float().log_softmax(-1), got.float().log_softmax(-1)
-    return F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
-
-
-def answer_loss(got: Tensor, batch: Batch) -> Tensor | None:
-    """Mean cross-entropy of the answers' tokens, nats; None where nothing was asked."""
-    if not any(batch.answers):
-        return None
-    rows: list[int] = []
+def _labels(batch: Batch) -> tuple[Tensor, Tensor]:
+    """For each token of all tails the next one, and whether that one belongs to an answer."""
     labels: list[int] = []
-    end = 0
+    told: list[bool] = []
     for tail, count in zip(batch.tails, batch.answers, strict=True):
-        end += len(tail)
-        rows += range(end - count - 1, end - 1)
-        labels += tail[len(tail) - count :]
-    return F.cross_entropy(got[sent(torch.tensor(rows), got.device)].float(), sent(torch.tensor(labels), got.device))
+        labels += [*tail[1:], 0]
+        told += [len(tail) - count <= place + 1 < len(tail) for place in range(len(tail))]
+    return torch.tensor(labels), torch.tensor(told)
 
 
 def _flat(begins: Sequence[int], tails: Sequence[Sequence[int]], longest: int) -> Tensor:
