@@ -17,7 +17,7 @@ from conftest import bundled_lm
 from kvtalk import Link, Plan, bundled
 from kvtalk import packet as wire
 from kvtalk.adapters.halves import receiver_half, sharer_half
-from kvtalk.adapters.store import Party, save_translator
+from kvtalk.adapters.store import SHIPPED, Party, save_translator
 from kvtalk.adapters.translator import Geometry, Translator
 from kvtalk.alignment.tokens import align, tokenize
 from kvtalk.cache import KVCache, Prefix
@@ -246,6 +246,25 @@ def test_relevance_compares_with_the_reference_and_the_published_one_with_the_qu
         METRICS["relevance"].score(answers, [item] * 3, "/no/model")
 
 
+@pytest.mark.parametrize(
+    ("sharer", "receiver", "least"), [("smollm2-135m", "gemma3-270m", 20), ("gemma3-270m", "smollm2-135m", 10)]
+)
+def test_a_model_answers_from_another_models_cache_and_its_controls_do_not(
+    sharer: str, receiver: str, least: int, tmp_path: Path
+) -> None:
+    """Invented texts, which neither the models nor the translator ever saw, by the adapters that come with kvtalk."""
+    link = Link(bundled_lm(sharer), bundled_lm(receiver))
+    arms = make_arms(["receiver", "text", "cache", "wrong", "zeroed"], ["bf16"])
+    rows = {row["arm"]: row for row in run(link, INVENTED, samples()[::2], arms, tmp_path)["arms"]}
+    print({name: (row["contains"], row["nll"]) for name, row in rows.items()})
+    assert max(rows[name]["contains"][0] for name in ("receiver", "wrong bf16", "zeroed bf16")) <= 10
+    assert rows["cache bf16"]["contains"][0] >= least
+    assert rows["cache bf16"]["gain"][1] > 0
+    assert rows["cache bf16"]["nll"] < min(rows["wrong bf16"]["nll"], rows["zeroed bf16"]["nll"]) - 1
+    folder = SHIPPED / f"{sharer}+{receiver}"
+    assert sum(file.stat().st_size for file in folder.iterdir()) <= 16_000_000
+
+
 @pytest.fixture(scope="module")
 def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small translator between the two models that has learned nothing."""
@@ -298,6 +317,6 @@ def test_vectors_in_the_texts_place_give_the_texts_logits(name: str) -> None:
     batches = Batches(texts, lm, lm, Recipe(longest=900), 64)
     batch = batches.of([Example(*texts.passage(0.3 * row, 700 + 900 * row, 120)) for row in range(2)], [])
     pair = Pair(lm, lm)
-    vectors, wanted = pair.taught(batch, with_logits=True)
+    vectors, wanted = pair.taught(batch, tails=True)
     assert wanted is not None
     assert float(pair.losses(pair.continued(batch, vectors), wanted, batch)["divergence"]) < 1e-6

@@ -299,6 +299,12 @@ def test_training_goes_down_keeps_the_models_and_resumes_to_the_same_losses(mode
     assert resumed[24]["kl text"] == whole[24]["kl text"]
     for lm, state in zip(models, before, strict=True):
         assert all(torch.equal(value, state[name]) for name, value in lm.model.state_dict().items())
+    begun = training(*models, texts, geometry(*models), RECIPE, tmp_path / "next", trained=tmp_path / "whole")
+    state = torch.load(tmp_path / "whole" / "checkpoint.pt", weights_only=True)["module"]
+    assert all(torch.equal(value, state[name]) for name, value in begun.module.state_dict().items())
+    for where, size in ((tmp_path / "none", geometry(*models)), (tmp_path / "whole", geometry(*models[::-1]))):
+        with pytest.raises(TrainingError, match="no checkpoint|another geometry"):
+            training(*models, texts, size, RECIPE, tmp_path / "next2", trained=where)
     with pytest.raises(TrainingError, match="other settings"):
         training(*models, texts, geometry(*models), dataclasses.replace(recipe, tokens=99), tmp_path / "whole")
 

@@ -76,7 +76,8 @@ AdapterOption = Annotated[
     typer.Option(
         "--adapter",
         "-a",
-        help="Folder or hub id of the adapter between two different models.",
+        help="Adapter between two different models: folder, hub id, or the name of one that comes with kvtalk, such as "
+        "smollm2-135m+gemma3-270m.",
     ),
 ]
 TaskOption = Annotated[str, typer.Option("--task", "-t", help="Name of the task; an unknown one lists them.")]

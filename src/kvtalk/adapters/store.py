@@ -23,7 +23,7 @@ from kvtalk.spec import Fingerprint, ModelSpec, tokenizer_digest
 
 CARD = "adapter.json"
 SHIPPED = Path(__file__).parent / "shipped"
-"""Adapters that come with kvtalk."""
+"""Adapters that come with kvtalk; a folder's name, ``SHARER+RECEIVER``, loads it."""
 
 Half = TypeVar("Half", bound=nn.Module)
 _PACKED = ".codes", ".scales", ".shape"
@@ -126,7 +126,7 @@ def read_card(name: str | Path) -> tuple[Card, Path]:
     """The card of an adapter and the folder it lies in.
 
     Args:
-        name: folder, or hub id.
+        name: folder, hub id, or name of one that comes with kvtalk.
 
     Raises:
         AdapterError: not found, or not an adapter.
@@ -184,8 +184,11 @@ def _party(content: dict[str, Any]) -> Party:
 def _folder(name: str | Path) -> Path:
     if Path(name).is_dir():
         return Path(name)
+    names = sorted(file.parent.name for file in SHIPPED.glob(f"*/{CARD}"))
+    if str(name) in names:
+        return SHIPPED / name
     if str(name).count("/") != 1 or str(name).startswith((".", "~", "/")):
-        raise AdapterError(f"no adapter {str(name)!r}: give its folder or a hub id")
+        raise AdapterError(f"no adapter {str(name)!r}: give its folder, a hub id, or one of {', '.join(names)}")
     from huggingface_hub import snapshot_download
 
     try:

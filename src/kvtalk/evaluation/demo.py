@@ -1,4 +1,4 @@
-"""The main job shown on invented passages: both bundled models, several budgets, every control."""
+"""The main job shown on invented passages: both bundled models, alone and across, several budgets, every control."""
 
 from __future__ import annotations
 
@@ -19,10 +19,13 @@ from kvtalk.evaluation.protocols import protocol_for
 from kvtalk.evaluation.runner import run
 from kvtalk.evaluation.tasks import task_named
 from kvtalk.link import Answer, Link
+from kvtalk.models import LM
 
 MODELS = ("smollm2-135m", "gemma3-270m")
 KINDS = ("receiver", "text", "cache", "wrong", "zeroed")
 WAYS = ("bf16", "budget=50%", "budget=25%", "budget=10%", "budget=5%")
+ACROSS = ("bf16", "int8 width=256", "int4 width=256", "int4 width=64")
+"""What crosses between different models: latents of 1,024 numbers a token, or their first ones."""
 TIMED_QUESTIONS = 3
 TITLES = {
     "receiver": "no context",
@@ -43,11 +46,15 @@ def run_demo(console: Console, out: Path, questions: int) -> None:
     """
     every = samples()
     items = [every[index * len(every) // questions] for index in range(questions)]
-    arms = make_arms(KINDS, WAYS, WAYS[:1])
     rows: dict[str, list[dict[str, Any]]] = {}
-    for name in MODELS:
-        console.print(f"[bold]{name}[/]: {len(items)} questions about invented passages, {len(arms)} ways to answer")
-        link = Link(name, name)
+    lms = {name: LM.load(name) for name in MODELS}
+    for sharer, receiver in (*zip(MODELS, MODELS, strict=True), MODELS, MODELS[::-1]):
+        name = sharer if sharer == receiver else f"{sharer}+{receiver}"
+        ways = WAYS if sharer == receiver else ACROSS
+        arms = make_arms(KINDS, ways, ways[:1])
+        who = "reads and answers" if sharer == receiver else f"reads, {receiver} answers"
+        console.print(f"[bold]{sharer}[/] {who}: {len(items)} questions about invented passages, {len(arms)} ways")
+        link = Link(lms[sharer], lms[receiver])
         link.warm_up()
         shutil.rmtree(out / name, ignore_errors=True)
         rows[name] = run(link, protocol_for(task_named("invented")), items, arms, out / name)["arms"]
@@ -58,7 +65,7 @@ def run_demo(console: Console, out: Path, questions: int) -> None:
         _show_one(console, link, items[0], arms)
     console.print(_table(rows))
     (out / "table.md").write_text(_markdown(rows, questions), "utf-8")
-    title = f"Same model, {questions} questions about invented passages"
+    title = f"{questions} questions about invented passages"
     draw(rows, out / "picture.png", title, "contains", "right answers, %")
     console.print(f"table: {out / 'table.md'}, picture: {out / 'picture.png'}, every answer: {out}/*/items.jsonl.gz")
 
@@ -89,13 +96,13 @@ def _title(name: str) -> str:
 
 def _table(rows: dict[str, list[dict[str, Any]]]) -> Table:
     table = Table(
-        "model",
+        "sharer+receiver",
         "receiver gets",
         "right answers",
         "bytes",
         "bits/value",
         "first token",
-        title="Same model, prefix placement",
+        title="A model reads, another answers",
     )
     for name, group in rows.items():
         for row in group:
@@ -109,7 +116,7 @@ def _markdown(rows: dict[str, list[dict[str, Any]]], questions: int) -> str:
         f"Made by `kvtalk demo --questions {questions}`. Right: an accepted answer stands in what the model wrote. "
         "In brackets 95% intervals.",
         "",
-        "| model | receiver gets | right answers | bytes | bits/value | first token |",
+        "| sharer+receiver | receiver gets | right answers | bytes | bits/value | first token |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     lines += ["| " + " | ".join([name, *_cells(row)]) + " |" for name, group in rows.items() for row in group]

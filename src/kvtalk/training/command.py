@@ -43,6 +43,9 @@ def translator(
     width: Annotated[int, typer.Option(min=64, help="Channels of the adapter, a multiple of 64.")] = 576,
     latent: Annotated[int, typer.Option(min=16, help="Numbers of a whole latent.")] = 1024,
     packing: Annotated[str, typer.Option(help="Codec of the saved matrices; bf16 for none.")] = "nf4:1x64",
+    trained: Annotated[
+        Path | None, typer.Option("--from", help="Folder of an earlier run of this pair: start from its weights.")
+    ] = None,
     check_every: Annotated[int, typer.Option(min=1, help="Steps between validations and checkpoints.")] = 250,
     seed: Annotated[int, typer.Option(help="Of everything drawn.")] = 0,
 ) -> None:
@@ -86,12 +89,12 @@ def translator(
         packing=pack,
         seed=seed,
     )
-    run = training(reads, answers, texts, geometry, recipe, out_folder)
-    trained = _go(run, steps, check_every)
+    run = training(reads, answers, texts, geometry, recipe, out_folder, trained)
+    made = _go(run, steps, check_every)
     facts = {"data": [Path(name).name for name in data], "steps": steps}
     if not run.accelerator.is_main_process:
         return
-    save_translator(trained, *parties, out_folder, pack, facts)
+    save_translator(made, *parties, out_folder, pack, facts)
     out.print(
         f"next: kvtalk eval --task squad --sharer {sharer} --receiver {receiver} --adapter {out_folder}",
         highlight=False,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -216,6 +216,29 @@ class Loop:
         if log.exists() and self.accelerator.is_main_process:  # what came after the checkpoint is done again
             lines = [line for line in log.read_text("utf-8").splitlines() if json.loads(line)["step"] <= self.step]
             log.write_text("".join(line + "\n" for line in lines), "utf-8")
+
+
+def weights_of(folder: Path, settings: dict[str, Any], alike: Sequence[str]) -> dict[str, Tensor]:
+    """The weights of an earlier run, to start another one from.
+
+    Args:
+        folder: of that run.
+        settings: of the new one.
+        alike: which settings both must share.
+
+    Raises:
+        TrainingError: no run is there, or a setting differs.
+    """
+    try:
+        state = torch.load(folder / CHECKPOINT, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise TrainingError(f"{folder} holds no {CHECKPOINT} of an earlier run") from error
+    different = [key for key in alike if state["settings"].get(key) != json.loads(json.dumps(settings[key]))]
+    if different:
+        raise TrainingError(
+            f"the run in {folder} has another {', '.join(different)}: start from one of this pair and size"
+        )
+    return dict(state["module"])
 
 
 def _optimizers(module: nn.Module, schedule: Schedule) -> list[torch.optim.Optimizer]:

@@ -26,7 +26,7 @@ from kvtalk.placement import PlacedCache, PlacedLayer
 from kvtalk.rope import rotate_layers
 from kvtalk.training.batches import Batch, Batches, Recipe
 from kvtalk.training.linear import begin_linear
-from kvtalk.training.loop import Loop
+from kvtalk.training.loop import Loop, weights_of
 from kvtalk.training.losses import token_losses
 from kvtalk.training.texts import Texts
 
@@ -204,7 +204,15 @@ class Translation:
         return (standard.flatten(0, 1)[where] - wanted).square().mean()
 
 
-def training(sharer: LM, receiver: LM, texts: Texts, geometry: Geometry, recipe: Recipe, out: Path) -> Loop:
+def training(
+    sharer: LM,
+    receiver: LM,
+    texts: Texts,
+    geometry: Geometry,
+    recipe: Recipe,
+    out: Path,
+    trained: Path | None = None,
+) -> Loop:
     """A run that trains a translator, ready to start or to go on.
 
     Args:
@@ -214,9 +222,10 @@ def training(sharer: LM, receiver: LM, texts: Texts, geometry: Geometry, recipe:
         geometry: of the translator.
         recipe: how.
         out: folder for checkpoints and the log; a run in it is continued.
+        trained: folder of an earlier run, from whose weights to start instead of the best linear map.
 
     Raises:
-        TrainingError: the folder holds a run of other settings.
+        TrainingError: the folder holds a run of other settings, or the earlier run is of another pair or other sizes.
     """
     pair = Pair(sharer, receiver)
     learned, kept_back = texts.split(KEPT_BACK)
@@ -230,9 +239,12 @@ def training(sharer: LM, receiver: LM, texts: Texts, geometry: Geometry, recipe:
         "sharer": asdict(sharer.spec.fingerprint),
         "receiver": asdict(receiver.spec.fingerprint),
         "texts": texts.digest,
+        "trained": None if trained is None else str(trained),
     }
     loop = Loop(translator, Translation(pair, translator, recipe, checks), batches, recipe.schedule, settings, out)
-    if loop.step == 0:
+    if loop.step == 0 and trained is not None:
+        translator.load_state_dict(weights_of(trained, settings, ("geometry", "sharer", "receiver")))
+    elif loop.step == 0:
         begin_linear(translator, _aligned(pair, batches))
     return loop
 
