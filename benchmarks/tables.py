@@ -1,6 +1,6 @@
 """The tables of README.md and docs/results.md, from the files under results/.
 
-python benchmarks/tables.py [squad|tasks|routing|choice|speed|latency]
+python benchmarks/tables.py [squad|tasks|routing|choice|speed|latency|translator|latents|text]
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ ARMS = {
 }
 CACHES = ("cache bf16", "cache int8:channel/int8:token before", "cache int4:channel/int4:token before")
 CONTEXT_TASKS = {"squad": "f1", "hotpotqa": "f1", "narrativeqa": "f1", "countries": "contains"}
+PAIRS = ("smollm2-135m+gemma3-270m", "gemma3-270m+smollm2-135m")
+TABLES = ("squad", "tasks", "routing", "choice", "speed", "latency", "translator", "latents", "text")
 CHOICE_TASKS = ("openbookqa", "arc_challenge", "arc_easy", "mmlu_redux", "ceval")
 
 
@@ -126,6 +128,43 @@ def latency() -> Iterator[str]:
             yield f"| {model}, {arm} | {' | '.join(f'{row[phase]:.1f}' if row[phase] else '' for phase in phases)} |"
 
 
+def translator() -> Iterator[str]:
+    """Across models: what the receiver answers from a translated cache, and the controls."""
+    yield "| task | sharer+receiver | questions | alone | frozen, text | translated | wrong | zeroed | gain |"
+    yield "| --- " * 9 + "|"
+    for task, metric in CONTEXT_TASKS.items():
+        for pair in PAIRS:
+            folder = RESULTS / task / pair
+            if folder.exists():
+                rows = rows_of(folder)
+                count = json.loads((folder / "manifest.json").read_text())["items"]["count"]
+                names = ("receiver", "text", "cache bf16", "wrong bf16", "zeroed bf16")
+                cells = [figure(metric, rows[name][metric]) for name in names]
+                yield f"| {task} | {pair} | {count:,} | {' | '.join(cells)} | {signed(rows['cache bf16']['gain'])} |"
+
+
+def latents() -> Iterator[str]:
+    """SQuAD across models, score against what crosses."""
+    rows = rows_of(RESULTS / "squad" / PAIRS[0])
+    tokens = rows["cache bf16"]["bytes"] / 2048
+    yield "| latents | bytes a context | bytes a token, about | F1 | answer NLL |"
+    yield "| --- " * 5 + "|"
+    for name, row in sorted(rows.items(), key=lambda item: -item[1]["bytes"]):
+        if row["kind"] == "cache":
+            each = f"{row['bytes']:,} | {row['bytes'] / tokens:,.0f}"
+            yield f"| {name.removeprefix('cache ')} | {each} | {figure('f1', row['f1'])} | {row['nll']:.2f} |"
+
+
+def text() -> Iterator[str]:
+    """Plain text across models: KL from the receiver that reads it."""
+    found = [json.loads((RESULTS / "translator" / f"{pair}.text.json").read_text())["kl"] for pair in PAIRS]
+    yield f"| what crosses | {' | '.join(PAIRS)} |"
+    yield "| --- " * 3 + "|"
+    for way in found[0]:
+        cells = ["{:.2f} [{:.2f}, {:.2f}]".format(*one[way]) for one in found]
+        yield f"| {way} | {' | '.join(cells)} |"
+
+
 if __name__ == "__main__":
-    for name in sys.argv[1:] or ("squad", "tasks", "routing", "choice", "speed", "latency"):
+    for name in sys.argv[1:] or TABLES:
         print(*globals()[name](), "", sep="\n")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import random
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from kvtalk.errors import AdapterError, AlignmentError, BudgetError, CacheError,
 from kvtalk.models import LM
 from kvtalk.packet import Packet
 from kvtalk.training import linear, losses
-from kvtalk.training.batches import Batches, Recipe
+from kvtalk.training.batches import Batches, Recipe, _apart
 from kvtalk.training.loop import Schedule
 from kvtalk.training.texts import Texts
 from kvtalk.training.translator import Pair, training
@@ -222,7 +223,7 @@ def test_the_sharer_needs_the_receivers_tokenizer(models, folder):
 
 
 def test_damaged_adapters_are_refused(models, folder, tmp_path):
-    with pytest.raises(AdapterError, match="folder or a hub id"):
+    with pytest.raises(AdapterError, match="a hub id, or one of gemma3-270m.smollm2-135m"):
         read_card(tmp_path / "nothing")
     card, _ = read_card(folder)
     (tmp_path / CARD).write_text((folder / CARD).read_text())
@@ -322,6 +323,15 @@ def test_a_loss_that_is_no_number_stops_training_and_keeps_the_last_checkpoint(m
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert state["step"] == 4
     assert all(torch.isfinite(value).all() for value in state["module"].values())
+
+
+def test_some_texts_are_as_in_corpora_that_were_tokenized(models, texts):
+    text = "In 1,250 well-known cases, he said: (go!)"
+    assert _apart(text, random.Random(0)) == "In 1 @,@ 250 well @-@ known cases , he said : ( go ! ) "
+    assert "<unk>" in _apart(text * 20, random.Random(0))
+    batches = Batches(texts, *models, dataclasses.replace(RECIPE, questions=0), 64)
+    read = [models[1].tokenizer.decode(row) for step in range(24) for row in batches[step, 0].receiver]
+    assert 0 < sum(" ;" in row for row in read) < len(read) / 2
 
 
 def test_texts_that_cannot_be_used_are_refused(tmp_path):

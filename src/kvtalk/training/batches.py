@@ -61,8 +61,10 @@ class Recipe:
 _MOST_ROWS = 384
 """Of a step that only regresses; with logits over a large vocabulary a quarter of that fills a GPU."""
 
-_SPACED = 0.1
-_PUNCTUATION = re.compile(r" ?([.,;:!?()\"']|-(?=\w)) ?")
+_SPACED = 0.2
+_UNKNOWN = 0.05
+_WITHIN = re.compile(r"(?<=\d)([.,])(?=\d)|(?<=\w)(-)(?=\w)")
+_PUNCTUATION = re.compile(r" ?([.,;:!?()\"])(?!@) ?")
 
 _CONTINUATION = 280
 """Characters that follow a plain context."""
@@ -188,10 +190,11 @@ class Batches(Dataset[Batch]):
         )
 
     def _passages(self, places: Sequence[float], context: int, spaced: bool) -> list[Example]:
-        """Running text; ``spaced`` around punctuation, as corpora that were tokenized have it."""
+        """Running text; ``spaced`` as in corpora that were tokenized: see :func:`_apart`."""
         pairs = [self.texts.passage(at, context, _CONTINUATION) for at in places]
         if spaced:
-            pairs = [(_apart(one), _apart(other)) for one, other in pairs]
+            rng = random.Random(places[0])
+            pairs = [(_apart(one, rng), _apart(other, rng)) for one, other in pairs]
         return [Example(*both) for both in pairs]
 
     def _questions(self, rng: random.Random, asked: Sequence[Question], others: int) -> list[Example]:
@@ -205,8 +208,11 @@ class Batches(Dataset[Batch]):
         return made
 
 
-def _apart(text: str) -> str:
-    return _PUNCTUATION.sub(r" \1 ", text).replace("  ", " ")
+def _apart(text: str, rng: random.Random) -> str:
+    """As in corpora that were tokenized: spaces around punctuation, ``@-@`` within words, rare words unknown."""
+    within = _WITHIN.sub(lambda found: f" @{found[0]}@ ", text)
+    words = _PUNCTUATION.sub(r" \1 ", within).replace("  ", " ").split(" ")
+    return " ".join("<unk>" if word.isalpha() and rng.random() < _UNKNOWN else word for word in words)
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
