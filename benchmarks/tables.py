@@ -1,6 +1,6 @@
 """The tables of README.md and docs/results.md, from the files under results/.
 
-python benchmarks/tables.py [squad|tasks|routing|choice|speed|latency|translator|latents|text]
+python benchmarks/tables.py [squad|tasks|routing|choice|speed|latency|across|translator|latents|text]
 """
 
 from __future__ import annotations
@@ -32,8 +32,17 @@ ARMS = {
 }
 CACHES = ("cache bf16", "cache int8:channel/int8:token before", "cache int4:channel/int4:token before")
 CONTEXT_TASKS = {"squad": "f1", "hotpotqa": "f1", "narrativeqa": "f1", "countries": "contains"}
+ACROSS = {
+    "nothing": "receiver",
+    "another text's cache of SmolLM2": "wrong bf16",
+    "its cache, all zero": "zeroed bf16",
+    "**the context as text**": "text",
+    "SmolLM2's cache, 1,024 numbers a token": "cache bf16",
+    "256 numbers a token in 4 bits": "cache int4:token width=256",
+    "256 numbers a token in 2 bits": "cache int2:token width=256",
+}
 PAIRS = ("smollm2-135m+gemma3-270m", "gemma3-270m+smollm2-135m")
-TABLES = ("squad", "tasks", "routing", "choice", "speed", "latency", "translator", "latents", "text")
+TABLES = ("squad", "tasks", "routing", "choice", "speed", "latency", "across", "translator", "latents", "text")
 CHOICE_TASKS = ("openbookqa", "arc_challenge", "arc_easy", "mmlu_redux", "ceval")
 
 
@@ -141,6 +150,15 @@ def translator() -> Iterator[str]:
                 names = ("receiver", "text", "cache bf16", "wrong bf16", "zeroed bf16")
                 cells = [figure(metric, rows[name][metric]) for name in names]
                 yield f"| {task} | {pair} | {count:,} | {' | '.join(cells)} | {signed(rows['cache bf16']['gain'])} |"
+
+
+def across() -> Iterator[str]:
+    """SQuAD across models, the arms of README.md."""
+    rows = rows_of(RESULTS / "squad" / PAIRS[0])
+    yield "| Gemma gets | bytes | F1 |"
+    yield "| --- | --- | --- |"
+    for title, arm in ACROSS.items():
+        yield f"| {title} | {rows[arm]['bytes']:,} | {figure('f1', rows[arm]['f1'])} |"
 
 
 def latents() -> Iterator[str]:

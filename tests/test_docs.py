@@ -50,6 +50,7 @@ def test_readme_lists_every_method() -> None:
         ("choice", RESULTS),
         ("speed", RESULTS),
         ("latency", RESULTS),
+        ("across", README),
         ("translator", TRANSLATOR),
         ("latents", TRANSLATOR),
         ("text", TRANSLATOR),

@@ -586,7 +586,8 @@ def _answers_table(rows: dict[str, Answer], text: str) -> Table:
 
 def _print_phases(made: Answer) -> None:
     cost = made.cost
-    out.print(f"the cache's way: {cost.bytes:,} bytes, {cost.bits_per_value:.2f} bits per value")
+    bits = f", {cost.bits_per_value:.2f} bits per value" if cost.bits_per_value else ""
+    out.print(f"the cache's way: {cost.bytes:,} bytes{bits}")
     if made.plan is not None:
         out.print(f"plan: {made.plan}", highlight=False)
     table = Table("phase", "ms")
