@@ -12,7 +12,7 @@ from conftest import byte_tokenizer, random_cache, tiny_lm
 from kvtalk import Link, Plan, Receiver, Sharer
 from kvtalk.adapters.halves import both_halves, receiver_half, sharer_half
 from kvtalk.adapters.store import CARD, Party, load_decoder, load_encoder, read_card, save_translator
-from kvtalk.adapters.translator import Geometry, Translator, pair
+from kvtalk.adapters.translator import Geometry, Pairing, Translator, pair
 from kvtalk.adapters.vectors import from_vectors, to_vectors
 from kvtalk.alignment.tokens import tokenize
 from kvtalk.errors import AdapterError, AlignmentError, BudgetError, CacheError, PacketError, TrainingError
@@ -20,6 +20,7 @@ from kvtalk.models import LM
 from kvtalk.packet import Packet
 from kvtalk.training import linear, losses
 from kvtalk.training.batches import Batches, Recipe, _apart
+from kvtalk.training.linear import begin_linear
 from kvtalk.training.loop import Schedule
 from kvtalk.training.texts import Texts
 from kvtalk.training.translator import Pair, training
@@ -386,3 +387,20 @@ def test_losses_in_parts_are_the_losses_of_all_logits(follows, monkeypatch):
     torch.testing.assert_close(found, states.grad, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(divergences, expected[0].detach(), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(entropies, expected[1].detach(), atol=1e-5, rtol=1e-4)
+
+
+def test_a_translator_begins_at_the_best_linear_map_of_every_width():
+    torch.manual_seed(0)
+    mixing, across, back = torch.randn(96, 96) / 10, torch.randn(96, 16) / 10, torch.randn(16, 64)
+    x = torch.randn(8000, 96) @ mixing + 3
+    y = x @ across @ back * torch.linspace(0.5, 2, 64) - 1
+    translator = Translator(Geometry(96, 2, 64, width=64, latent=64, bottleneck=8))
+    begin_linear(translator, zip(x.split(2000), y.split(2000), strict=True))
+    tokens = torch.arange(1000)[None]
+    latents = translator.encoder(x[None, :1000], Pairing(tokens, torch.full((1, 1000, 3), 15)))
+    standard = (y - y.mean(0)) / y.std(0)
+    energy = torch.linalg.svdvals(standard).square()
+    for width in (64, 16, 8, 4):
+        error = (translator.decoder.standardised(latents[:, :, :width])[0] - standard[:1000]).square().mean()
+        assert error < energy[width:].sum() / energy.sum() * 1.1 + 0.01, width
+    assert (translator.decoder(latents)[0] - y[:1000]).abs().mean() < 0.1 * y.std()
