@@ -35,7 +35,7 @@ CONTEXT_TASKS = {"squad": "f1", "hotpotqa": "f1", "narrativeqa": "f1", "countrie
 ACROSS = {
     "nothing": "receiver",
     "another text's cache of SmolLM2": "wrong bf16",
-    "its cache, all zero": "zeroed bf16",
+    "its latents, all zero": "zeroed bf16",
     "**the context as text**": "text",
     "SmolLM2's cache, 1,024 numbers a token": "cache bf16",
     "256 numbers a token in 4 bits": "cache int4:token width=256",

@@ -49,7 +49,7 @@ def main() -> None:
     print(f"| questions | number | {' | '.join(ARMS)} |")
     print("| --- " * (len(ARMS) + 2) + "|")
     for kind, arms in sorted(found.items()):
-        cells = [f"{sum(arms[arm]) / len(arms[arm]):.1f}" for arm in ARMS]
+        cells = [f"{sum(arms[arm]) / len(arms[arm]):.1f}" if arms[arm] else "" for arm in ARMS]
         print(f"| {kind} | {len(arms[ARMS[0]])} | {' | '.join(cells)} |")
     wrong = [name for name in said if right[name]["cache bf16"] < 0.5]
     both = sum(right[name]["text"] < 0.5 for name in wrong)

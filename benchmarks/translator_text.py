@@ -3,8 +3,8 @@
 python benchmarks/translator_text.py TEXT --sharer A --receiver B [--adapter FOLDER] --out FILE
 
 Passages are cut evenly from the text; the receiver's predictions of each passage's continuation, after the translated
-cache, are compared with its predictions after the passage itself. Controls: another passage's cache, a zeroed one, and
-no context at all. Intervals are 95% bootstraps over passages.
+cache, are compared with its predictions after the passage itself. Controls: the passage's before, and zeroed latents.
+Intervals are 95% bootstraps over passages.
 """
 
 from __future__ import annotations
@@ -46,6 +46,8 @@ def main() -> None:
         text = Texts([file.read()])
     sharer, receiver = LM.load(options.sharer), LM.load(options.receiver)
     folder = options.adapter or shipped_for(sharer.spec, receiver.spec)
+    if folder is None:
+        parser.error("no adapter for this pair comes with kvtalk: give --adapter")
     card, folder = read_card(folder)
     encoder, decoder = (
         half.to(receiver.device).eval() for half in (load_encoder(card, folder), load_decoder(card, folder))
@@ -70,7 +72,7 @@ def main() -> None:
         "command": f"python benchmarks/translator_text.py {options.text.name} --sharer {options.sharer} "
         f"--receiver {options.receiver} --passages {options.passages}",
         "adapter": card.identity,
-        "dtype": str(receiver.spec.dtype).removeprefix("torch."),
+        "dtype": {"models": str(receiver.spec.dtype).removeprefix("torch."), "translator": "float32"},
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "passages": options.passages,
         "characters": [options.context, options.continuation],

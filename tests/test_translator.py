@@ -15,6 +15,7 @@ from kvtalk.adapters.store import CARD, Party, load_decoder, load_encoder, read_
 from kvtalk.adapters.translator import Geometry, Pairing, Translator, pair
 from kvtalk.adapters.vectors import from_vectors, to_vectors
 from kvtalk.alignment.tokens import tokenize
+from kvtalk.codecs import codec
 from kvtalk.errors import AdapterError, AlignmentError, BudgetError, CacheError, PacketError, TrainingError
 from kvtalk.models import LM
 from kvtalk.packet import Packet
@@ -274,7 +275,7 @@ def deterministic():
 def test_training_goes_down_keeps_the_models_and_resumes_to_the_same_losses(models, texts, tmp_path, monkeypatch):
     monkeypatch.setattr(linear, "_LARGEST", 0)  # from random matrices: these texts are all alike
     before = [{name: value.clone() for name, value in lm.model.state_dict().items()} for lm in models]
-    recipe = dataclasses.replace(RECIPE, schedule=Schedule(24, warm_up=2))
+    recipe = dataclasses.replace(RECIPE, schedule=Schedule(24, warm_up=2), packing="nf4:1x8", packed=0.6)
 
     def seen_until(out, until):
         seen = {}
@@ -295,7 +296,9 @@ def test_training_goes_down_keeps_the_models_and_resumes_to_the_same_losses(mode
 
     whole = seen_until(tmp_path / "whole", 24)
     assert whole[6]["kl text"] > whole[24]["kl text"]
-    seen_until(tmp_path / "cut", 12)
+    seen_until(tmp_path / "cut", 12)  # where matrices are rounded, which the checkpoint must not be
+    stopped = torch.load(tmp_path / "cut" / "checkpoint.pt", weights_only=True)["module"]["decoder.outward.weight"]
+    assert not torch.equal(stopped, codec(recipe.packing).simulated(stopped[None])[0])
     resumed = seen_until(tmp_path / "cut", 24)
     assert 6 not in resumed
     assert resumed[24]["kl text"] == whole[24]["kl text"]
@@ -324,6 +327,15 @@ def test_a_loss_that_is_no_number_stops_training_and_keeps_the_last_checkpoint(m
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert state["step"] == 4
     assert all(torch.isfinite(value).all() for value in state["module"].values())
+
+
+def test_a_run_from_the_linear_start_gets_better(models, texts, tmp_path):
+    run = training(
+        *models, texts, geometry(*models), dataclasses.replace(RECIPE, schedule=Schedule(30, 1e-3)), tmp_path
+    )
+    seen = {}
+    run.run(lambda step, shown: seen.setdefault(step, {}).update(shown), check_every=30)
+    assert seen[30]["nll"] < seen[0]["nll"]
 
 
 def test_some_texts_are_as_in_corpora_that_were_tokenized(models, texts):

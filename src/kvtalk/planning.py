@@ -270,8 +270,8 @@ def fit(
 
 LATENT_LADDER = (("bf16", 1), ("int8", 1), ("int4", 1), ("int4", 2), ("int4", 4), ("int2", 4))
 """Codecs of latents and by what their width is divided, best first; smaller budgets are met by ever narrower latents in
-the last codec. As measured (docs/translator.md): four bits cost nothing, and two bits of more numbers are better than
-four bits of fewer where a quarter of the numbers in four bits is too much."""
+the last codec. As measured with one translator, SmolLM2 → Gemma (docs/translator.md): four bits cost nothing, and two
+bits of more numbers are better than four bits of fewer where a quarter of the numbers in four bits is too much."""
 
 _NARROWEST = 16
 _MOST_TOKENS = 1 << 24
@@ -292,8 +292,11 @@ def fit_latent(plan: Plan, limit: int, size: Callable[[Plan], int], latent: int 
     candidates = [plan]
     if latent is not None:
         last, widest = LATENT_LADDER[-1]
-        ever = [(last, widest << shift) for shift in range(1, latent.bit_length())]
-        rungs = [(name, latent // part) for name, part in (*LATENT_LADDER, *ever) if latent // part >= _NARROWEST]
+        while latent // widest < _NARROWEST and widest > 1:
+            widest //= 2
+        ever = [(last, widest << shift) for shift in range(latent.bit_length())]
+        ladder = dict.fromkeys((*LATENT_LADDER, *ever))
+        rungs = [(name, latent // part) for name, part in ladder if latent // part >= _NARROWEST]
         candidates = [replace(plan, keys=str(codec(name)), width=width) for name, width in rungs]
     usable = [candidate for candidate in candidates if _packable(candidate, size)] or [plan]
     for candidate in usable:

@@ -25,7 +25,7 @@ ABOUT = {
     "routing": "per question the more confident of receiver alone and sharer alone",
     "cache": "the receiver with the sharer's cache of the context",
     "wrong": "the same with the cache of another item's context",
-    "zeroed": "the same with every key and value of the cache set to zero",
+    "zeroed": "the same with every key and value, or every latent, set to zero",
     "self": "the same with the receiver's own cache in the sharer's place",
 }
 

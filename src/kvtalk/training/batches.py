@@ -137,8 +137,10 @@ class Batches(Dataset[Batch]):
             others = rng.choice([0, 0, 1, 2])
             rows = max(4, recipe.tokens // (192 * (1 + others)))
             drawn = sorted(rng.choices(self.texts.questions, k=8 * rows), key=lambda question: len(question.context))
-            first = rng.randrange(7 * rows + 1)
+            first = rows * rng.randrange(8)
             asked = drawn[first : first + rows]  # of like lengths, so that little is padding
+            longest = len(asked[-1].context) * (1 + others)
+            asked = rng.sample(asked, min(rows, max(4, 4 * recipe.tokens // max(1, longest))))
             return self.of(self._questions(rng, asked, others), self.receiver_head, width, noise)
         context = int(math.exp(rng.uniform(math.log(recipe.shortest), math.log(recipe.longest))))
         rows = min(_MOST_ROWS if regressing else _MOST_ROWS // 4, max(4, recipe.tokens * 4 // context))

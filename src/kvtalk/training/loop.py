@@ -13,9 +13,11 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Protocol
 
 import torch
+import xxhash
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
@@ -118,6 +120,8 @@ class Loop:
             TrainingError: a loss is no longer a number; the last checkpoint stays.
         """
         steps = self.schedule.steps
+        if self.step == 0:
+            self._note(report, 0, self.objective.measure(self.module))
         started, first = time.perf_counter(), self.step
         for batch in self._loader():
             checks = (self.step + 1) % check_every == 0 or self.step + 1 == steps
@@ -218,7 +222,33 @@ class Loop:
             log.write_text("".join(line + "\n" for line in lines), "utf-8")
 
 
-def weights_of(folder: Path, settings: dict[str, Any], alike: Sequence[str]) -> dict[str, Tensor]:
+@dataclass(frozen=True)
+class Weights:
+    """What an earlier run learned.
+
+    Attributes:
+        module: its tensors.
+        digest: of its checkpoint.
+    """
+
+    module: dict[str, Tensor]
+    digest: str
+
+    def into(self, module: nn.Module) -> None:
+        """Start a module from them.
+
+        Raises:
+            TrainingError: they are of another version's module.
+        """
+        try:
+            module.load_state_dict(self.module)
+        except RuntimeError as error:
+            raise TrainingError(
+                "the earlier run is of another version: its weights have other names or sizes"
+            ) from error
+
+
+def weights_of(folder: Path, settings: dict[str, Any], alike: Sequence[str]) -> Weights:
     """The weights of an earlier run, to start another one from.
 
     Args:
@@ -227,18 +257,22 @@ def weights_of(folder: Path, settings: dict[str, Any], alike: Sequence[str]) -> 
         alike: which settings both must share.
 
     Raises:
-        TrainingError: no run is there, or a setting differs.
+        TrainingError: no run is there, it is damaged, or a setting differs.
     """
+    file = folder / CHECKPOINT
     try:
-        state = torch.load(folder / CHECKPOINT, map_location="cpu", weights_only=True)
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        theirs, module = dict(state["settings"]), dict(state["module"])
     except OSError as error:
         raise TrainingError(f"{folder} holds no {CHECKPOINT} of an earlier run") from error
-    different = [key for key in alike if state["settings"].get(key) != json.loads(json.dumps(settings[key]))]
+    except (RuntimeError, KeyError, TypeError, ValueError, UnpicklingError) as error:
+        raise TrainingError(f"{file} is damaged or not a run's checkpoint") from error
+    different = [key for key in alike if theirs.get(key) != json.loads(json.dumps(settings[key]))]
     if different:
         raise TrainingError(
             f"the run in {folder} has another {', '.join(different)}: start from one of this pair and size"
         )
-    return dict(state["module"])
+    return Weights(module, str(xxhash.xxh3_64_hexdigest(file.read_bytes())))
 
 
 def _optimizers(module: nn.Module, schedule: Schedule) -> list[torch.optim.Optimizer]:

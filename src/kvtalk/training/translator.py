@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +45,7 @@ class Pair:
         self.sharer, self.receiver = sharer, receiver
         for lm in (sharer, receiver):
             lm.model.requires_grad_(False)
+        _ = receiver.unembedding  # refuses a receiver that cannot be trained for, before anything is read
         self._heads: dict[tuple[int, ...], KVCache] = {}
 
     def sharer_vectors(self, batch: Batch) -> Tensor:
@@ -222,7 +224,8 @@ def training(
         geometry: of the translator.
         recipe: how.
         out: folder for checkpoints and the log; a run in it is continued.
-        trained: folder of an earlier run, from whose weights to start instead of the best linear map.
+        trained: folder of an earlier run, from whose weights to start instead of the best linear map. Give the same
+            texts, or what is kept back for validation may be what that run was trained on.
 
     Raises:
         TrainingError: the folder holds a run of other settings, or the earlier run is of another pair or other sizes.
@@ -233,17 +236,18 @@ def training(
     checks = Batches(kept_back, sharer, receiver, recipe, geometry.latent).checks(32)
     torch.manual_seed(recipe.seed)
     translator = Translator(geometry).to(receiver.device)
-    settings = {
+    settings: dict[str, Any] = {
         "geometry": asdict(geometry),
         "recipe": asdict(recipe),
         "sharer": asdict(sharer.spec.fingerprint),
         "receiver": asdict(receiver.spec.fingerprint),
         "texts": texts.digest,
-        "trained": None if trained is None else str(trained),
     }
+    begun = None if trained is None else weights_of(trained, settings, ("geometry", "sharer", "receiver"))
+    settings["trained"] = begun and begun.digest
     loop = Loop(translator, Translation(pair, translator, recipe, checks), batches, recipe.schedule, settings, out)
-    if loop.step == 0 and trained is not None:
-        translator.load_state_dict(weights_of(trained, settings, ("geometry", "sharer", "receiver")))
+    if loop.step == 0 and begun is not None:
+        begun.into(translator)
     elif loop.step == 0:
         begin_linear(translator, _aligned(pair, batches))
     return loop
