@@ -106,7 +106,7 @@ def _table(rows: dict[str, list[dict[str, Any]]]) -> Table:
     )
     for name, group in rows.items():
         for row in group:
-            table.add_row(name, *_cells(row))
+            table.add_row(name.replace("+", "+\n"), *_cells(row))
         table.add_section()
     return table
 
