@@ -1,6 +1,6 @@
 """The tables of README.md and docs/results.md, from the files under results/.
 
-python benchmarks/tables.py [squad|tasks|routing|choice|speed|latency|across|translator|latents|text]
+python benchmarks/tables.py [squad|tasks|routing|choice|speed|latency|across|translator|latents|text|decoding]
 """
 
 from __future__ import annotations
@@ -42,7 +42,19 @@ ACROSS = {
     "256 numbers a token in 2 bits": "cache int2:token width=256",
 }
 PAIRS = ("smollm2-135m+gemma3-270m", "gemma3-270m+smollm2-135m")
-TABLES = ("squad", "tasks", "routing", "choice", "speed", "latency", "across", "translator", "latents", "text")
+TABLES = (
+    "squad",
+    "tasks",
+    "routing",
+    "choice",
+    "speed",
+    "latency",
+    "across",
+    "translator",
+    "latents",
+    "text",
+    "decoding",
+)
 CHOICE_TASKS = ("openbookqa", "arc_challenge", "arc_easy", "mmlu_redux", "ceval")
 
 
@@ -171,6 +183,16 @@ def latents() -> Iterator[str]:
         if row["kind"] == "cache":
             each = f"{row['bytes']:,} | {row['bytes'] / tokens:,.0f}"
             yield f"| {name.removeprefix('cache ')} | {each} | {figure('f1', row['f1'])} | {row['nll']:.2f} |"
+
+
+def decoding() -> Iterator[str]:
+    """Decoding and placing latents against the receiver's own reading."""
+    yield "| sharer, receiver | tokens | prefill | decode | place | ratio, median [range] |"
+    yield "| --- " * 6 + "|"
+    for row in json.loads((RESULTS / "bench" / "translator_cpu.json").read_text())["measured"]:
+        times = " | ".join(f"{row[name]:,.0f} ms" for name in ("prefill_ms", "decode_ms", "place_ms"))
+        ratio = "{:.2f} [{:.2f}, {:.2f}]".format(row["ratio"], *row["ratio_range"])
+        yield f"| {row['sharer']}, {row['receiver']} | {row['tokens']:,} | {times} | {ratio} |"
 
 
 def text() -> Iterator[str]:

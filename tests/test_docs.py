@@ -54,6 +54,7 @@ def test_readme_lists_every_method() -> None:
         ("translator", TRANSLATOR),
         ("latents", TRANSLATOR),
         ("text", TRANSLATOR),
+        ("decoding", TRANSLATOR),
     ],
 )
 def test_figures_in_tables_are_those_of_the_results(name: str, page: str) -> None:

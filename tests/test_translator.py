@@ -275,7 +275,9 @@ def deterministic():
 def test_training_goes_down_keeps_the_models_and_resumes_to_the_same_losses(models, texts, tmp_path, monkeypatch):
     monkeypatch.setattr(linear, "_LARGEST", 0)  # from random matrices: these texts are all alike
     before = [{name: value.clone() for name, value in lm.model.state_dict().items()} for lm in models]
-    recipe = dataclasses.replace(RECIPE, schedule=Schedule(24, warm_up=2), packing="nf4:1x8", packed=0.6)
+    recipe = dataclasses.replace(
+        RECIPE, schedule=Schedule(24, warm_up=2), regression=0.25, packing="nf4:1x8", packed=0.6
+    )
 
     def seen_until(out, until):
         seen = {}
@@ -295,6 +297,7 @@ def test_training_goes_down_keeps_the_models_and_resumes_to_the_same_losses(mode
         return seen
 
     whole = seen_until(tmp_path / "whole", 24)
+    assert whole[6]["mse text"] > whole[24]["mse text"]
     assert whole[6]["kl text"] > whole[24]["kl text"]
     seen_until(tmp_path / "cut", 12)  # where matrices are rounded, which the checkpoint must not be
     stopped = torch.load(tmp_path / "cut" / "checkpoint.pt", weights_only=True)["module"]["decoder.outward.weight"]

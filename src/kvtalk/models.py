@@ -207,8 +207,9 @@ class LM:
         own = self.head() if head else None
         return place(self.spec, own, contexts, room=room, gaps=gaps, device=self.device)
 
+    @torch.no_grad()
     def logits(self, prompts: Sequence[Sequence[int]], placed: PlacedCache, keep: int = 0) -> Tensor:
-        """Read prompts after a placed cache; gradients flow back into a cache that asks for them.
+        """Read prompts after a placed cache.
 
         Args:
             prompts: tokens of each row; appended to ``placed``.
@@ -219,12 +220,13 @@ class LM:
             logits after each token, ``[batch, tokens, vocabulary]``; shorter rows are padded on the left.
         """
         inputs = self._continuation(prompts, placed)
-        with attending(self.model), torch.set_grad_enabled(placed.requires_grad and torch.is_grad_enabled()):
+        with attending(self.model):
             output = self.model(**inputs, past_key_values=placed, use_cache=True, logits_to_keep=keep)
         return torch.as_tensor(output.logits)
 
     def states(self, prompts: Sequence[Sequence[int]], placed: PlacedCache) -> Tensor:
-        """Like :meth:`logits`, but the hidden states after the last layer, ``[batch, tokens, hidden]``."""
+        """Like :meth:`logits`, but the hidden states after the last layer, ``[batch, tokens, hidden]``; gradients flow
+        back into a cache that asks for them."""
         inputs = self._continuation(prompts, placed)
         with attending(self.model), torch.set_grad_enabled(placed.requires_grad and torch.is_grad_enabled()):
             output = self.model.get_decoder()(**inputs, past_key_values=placed, use_cache=True)
