@@ -44,7 +44,7 @@ class Recipe:
     tokens: int = 20_480
     questions: float = 0.5
     regression_weight: float = 0.3
-    shortest: int = 200
+    shortest: int = 40
     longest: int = 4000
     codecs: tuple[str, ...] = ("bf16", "bf16", "int8", "int4", "int4", "int2")
     widths: tuple[int, ...] = (16, 32, 64, 128, 256, 512)
