@@ -18,9 +18,11 @@ from kvtalk.errors import AlignmentError
 
 Indices = npt.NDArray[np.int64]
 
-STRATEGIES = ("first", "last", "coverage")
+STRATEGIES = ("first", "last", "coverage", "mean")
 """first: the first sharer token that covers a character of the receiver token; last: the one that covers its last
-character; coverage: the one that covers most of it, of equals the first (C2C's maximal coverage)."""
+character; coverage: the one that covers most of it, of equals the first, or where both have several pieces of the same
+characters the second for the second and so on (C2C's maximal coverage); mean: all that cover any of it, to be averaged
+(pooling.py)."""
 
 NONE = -1
 
@@ -36,6 +38,29 @@ class Tokenized:
 
     ids: list[int]
     spans: Indices
+
+
+@dataclass(frozen=True, eq=False)
+class Alignment:
+    """The run of sharer tokens that stands for each receiver token.
+
+    Attributes:
+        first: sharer token at which the run begins, ``[receiver tokens]``; 0 where there is none.
+        count: sharer tokens in it, ``[receiver tokens]``: 0 where none overlaps; above 1 only with the strategy mean.
+    """
+
+    first: Indices
+    count: Indices
+
+    def index(self) -> Indices:
+        """The one sharer token of each receiver token, ``[receiver tokens]``; :data:`NONE` where there is none.
+
+        Raises:
+            AlignmentError: runs of several tokens.
+        """
+        if self.count.max(initial=0) > 1:
+            raise AlignmentError("runs of several tokens have no single index: average them with Pooling")
+        return np.where(self.count > 0, self.first, NONE)
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[Tokenized]:
@@ -59,6 +84,9 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[T
 def ranges(sharer: Indices, receiver: Indices) -> tuple[Indices, Indices]:
     """The run of sharer tokens that overlap each receiver token.
 
+    Tokens of no characters (special ones, or white space under a tokenizer that trims its spans) overlap nothing; a
+    run neither begins nor ends with one.
+
     Args:
         sharer: spans of the sharer's tokens, ``[sharer tokens, 2]``.
         receiver: of the receiver's, ``[receiver tokens, 2]``, in the same text.
@@ -66,43 +94,85 @@ def ranges(sharer: Indices, receiver: Indices) -> tuple[Indices, Indices]:
     Returns:
         first sharer token and the one after the last, each ``[receiver tokens]``; equal where there is none.
     """
-    first = np.searchsorted(sharer[:, 1], receiver[:, 0], side="right")
-    stop = np.searchsorted(sharer[:, 0], receiver[:, 1], side="left")
-    empty = receiver[:, 0] >= receiver[:, 1]
-    return first, np.where(empty, first, np.maximum(first, stop))
+    real = np.flatnonzero(sharer[:, 0] < sharer[:, 1])
+    first = np.searchsorted(sharer[real, 1], receiver[:, 0], side="right")
+    stop = np.searchsorted(sharer[real, 0], receiver[:, 1], side="left")
+    some = (first < stop) & (receiver[:, 0] < receiver[:, 1])
+    places = np.append(real, len(sharer))
+    begin = places[first]
+    return begin, np.where(some, places[stop - 1] + 1, begin)
 
 
-def align(sharer: Tokenized, receiver: Tokenized, strategy: str = "coverage") -> Indices:
-    """One sharer token for each receiver token.
+def runs(sharer: Tokenized, receiver: Tokenized, strategy: str = "coverage") -> Alignment:
+    """The sharer tokens that stand for each receiver token.
 
     Args:
         sharer: the text in the sharer's tokens.
         receiver: the same text in the receiver's.
         strategy: see :data:`STRATEGIES`.
 
-    Returns:
-        indices of sharer tokens, ``[receiver tokens]``; :data:`NONE` where no token overlaps.
-
     Raises:
         AlignmentError: an unknown strategy.
     """
     first, stop = ranges(sharer.spans, receiver.spans)
+    some = first < stop
     if strategy == "first":
         chosen = first
     elif strategy == "last":
         chosen = stop - 1
     elif strategy == "coverage":
         chosen = _most_covered(sharer.spans, receiver.spans, first, stop)
+    elif strategy == "mean":
+        return Alignment(np.where(some, first, 0), stop - first)
     else:
         raise AlignmentError(f"no alignment strategy {strategy!r}; there are {', '.join(STRATEGIES)}")
-    return np.where(first < stop, chosen, NONE)
+    return Alignment(np.where(some, chosen, 0), some.astype(np.int64))
+
+
+def align(sharer: Tokenized, receiver: Tokenized, strategy: str = "coverage") -> Indices:
+    """One sharer token for each receiver token: :func:`runs` for what takes an index.
+
+    Args:
+        sharer: the text in the sharer's tokens.
+        receiver: the same text in the receiver's.
+        strategy: first, last or coverage, see :data:`STRATEGIES`.
+
+    Returns:
+        indices of sharer tokens, ``[receiver tokens]``; :data:`NONE` where no token overlaps.
+
+    Raises:
+        AlignmentError: an unknown strategy, or mean.
+    """
+    if strategy == "mean":
+        raise AlignmentError("mean takes several sharer tokens for one: use first, last, coverage")
+    return runs(sharer, receiver, strategy).index()
 
 
 def _most_covered(sharer: Indices, receiver: Indices, first: Indices, stop: Indices) -> Indices:
-    best, most = first.copy(), np.zeros(len(first), dtype=np.int64)
-    for step in range(int((stop - first).max(initial=0))):
-        index = np.minimum(first + step, np.maximum(stop - 1, 0))
-        covered = np.minimum(sharer[index, 1], receiver[:, 1]) - np.maximum(sharer[index, 0], receiver[:, 0])
-        better = covered > most
-        best, most = np.where(better, index, best), np.where(better, covered, most)
-    return best
+    """All overlapping pairs in one list, and of each receiver token's the first that is the largest."""
+    count = stop - first
+    start = np.cumsum(count) - count
+    owner = np.repeat(np.arange(len(count)), count)
+    token = np.arange(len(owner)) - np.repeat(start - first, count)
+    covered = np.minimum(sharer[token, 1], receiver[owner, 1]) - np.maximum(sharer[token, 0], receiver[owner, 0])
+    some = count > 0
+    most = np.zeros_like(count)
+    if some.any():
+        most[some] = np.maximum.reduceat(covered, start[some])
+    largest = np.flatnonzero(covered == most[owner])
+    chosen = first.copy()
+    chosen[some] = token[largest[np.searchsorted(owner[largest], np.flatnonzero(some))]]
+    if not some.any():
+        return chosen
+    there = np.minimum(chosen, len(sharer) - 1)
+    same = some & (sharer[there] == receiver).all(axis=1)  # pieces of one character: the second for the second
+    last = _ranks(sharer[::-1])[::-1]
+    moved = np.where(same, there + np.minimum(_ranks(receiver), last[there]), np.where(some, chosen, 0))
+    return np.maximum.accumulate(moved)  # a token over two characters does not go back behind the first one's pieces
+
+
+def _ranks(spans: Indices) -> Indices:
+    """Of each token how many before it, without a break, have its span."""
+    numbers = np.arange(len(spans))
+    new = np.append(True, (spans[1:] != spans[:-1]).any(axis=1))
+    return numbers - np.maximum.accumulate(np.where(new, numbers, 0))
