@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from kvtalk import LM, Link, Plan
-from kvtalk.adapters.store import Party, save_translator
+from kvtalk.adapters.store import Party, save_adapter
 from kvtalk.adapters.translator import Decoder, Geometry, Translator
 from kvtalk.evaluation.data import samples
 
@@ -40,7 +40,7 @@ def measured(sharer: LM, receiver: LM, plan: str, tokens: int, rounds: int) -> d
     """Medians in milliseconds."""
     parties = [Party(lm.name, lm.spec.fingerprint) for lm in (sharer, receiver)]
     with tempfile.TemporaryDirectory() as folder:
-        save_translator(Translator(geometry_of(sharer, receiver)), *parties, Path(folder), "nf4:1x64")
+        save_adapter(Translator(geometry_of(sharer, receiver)), *parties, Path(folder), "nf4:1x64")
         size = sum(file.stat().st_size for file in Path(folder).iterdir())
         link = Link(sharer, receiver, adapter=folder)
     ids = receiver.encode(" ".join(item.context for item in samples()))

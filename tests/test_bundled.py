@@ -17,7 +17,7 @@ from conftest import bundled_lm
 from kvtalk import Link, Plan, bundled
 from kvtalk import packet as wire
 from kvtalk.adapters.halves import receiver_half, sharer_half
-from kvtalk.adapters.store import SHIPPED, Party, save_translator
+from kvtalk.adapters.store import SHIPPED, Party, save_adapter
 from kvtalk.adapters.translator import Geometry, Translator
 from kvtalk.alignment.tokens import align, tokenize
 from kvtalk.cache import KVCache, Prefix
@@ -273,7 +273,7 @@ def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     folder = tmp_path_factory.mktemp("translator")
     parties = [Party(name, bundled_lm(name).spec.fingerprint) for name in ("smollm2-135m", "gemma3-270m")]
-    save_translator(Translator(geometry), *parties, folder)
+    save_adapter(Translator(geometry), *parties, folder)
     return folder
 
 

@@ -26,6 +26,7 @@ from kvtalk.evaluation.summary import Record, floor, read_records, route, summar
 from kvtalk.evaluation.tasks import task_named
 from kvtalk.models import LM
 
+PREFIX = [kind for kind in KINDS if kind != "fused"]
 WAYS = ("fp16", "int4:token/int4:token value_norm@50%")
 FREE = protocol_for(replace(task_named("invented"), max_new_tokens=6), metrics=("f1", "em", "contains", "nll"))
 SETTINGS = Settings(batch=2, relay_tokens=5)
@@ -49,7 +50,7 @@ def link() -> Link:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("run")
-    arms = make_arms(KINDS, [*WAYS, "budget=20%"], WAYS[:1])
+    arms = make_arms(PREFIX, [*WAYS, "budget=20%"], WAYS[:1])
     run(link(), FREE, few(), arms, out, SETTINGS)
     timing.time_arms(link(), FREE, few()[:2], arms[:4] + arms[5:6], SETTINGS, out)
     return out
@@ -126,7 +127,7 @@ def test_a_cache_of_16_bits_scores_like_the_text_and_destroyed_ones_do_not(finis
 
 
 def test_a_batch_answers_like_single_items(finished: Path, tmp_path: Path) -> None:
-    arms = [arm for arm in make_arms(KINDS, [*WAYS, "budget=20%"], WAYS[:1]) if arm.kind != "routing"]
+    arms = [arm for arm in make_arms(PREFIX, [*WAYS, "budget=20%"], WAYS[:1]) if arm.kind != "routing"]
     run(link(), FREE, few(), arms, tmp_path, replace(SETTINGS, batch=1))
     together, alone = by_arm(finished), by_arm(tmp_path)
     for arm, records in alone.items():
@@ -253,7 +254,7 @@ def test_an_interrupted_run_goes_on_at_the_same_batch(tmp_path: Path, monkeypatc
 def test_another_run_in_the_folder_is_refused_and_the_same_one_is_done(finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "copy"
     shutil.copytree(finished, out)
-    arms = make_arms(KINDS, [*WAYS, "budget=20%"], WAYS[:1])
+    arms = make_arms(PREFIX, [*WAYS, "budget=20%"], WAYS[:1])
     before = (out / "items.jsonl.gz").read_bytes()
     run(link(), FREE, few(), arms, out, SETTINGS)
     assert gzip.decompress((out / "items.jsonl.gz").read_bytes()) == gzip.decompress(before)
@@ -304,7 +305,7 @@ def test_added_metrics_and_added_arms_do_not_mix(finished: Path, tmp_path: Path)
     shutil.copytree(finished, out)
     rescore(out, FREE, few(), ["kvcomm"], "")
     with pytest.raises(InputError, match="metrics differ"):
-        run(link(), FREE, few(), make_arms(KINDS, [*WAYS, "budget=20%", "int8"], WAYS[:1]), out, SETTINGS)
+        run(link(), FREE, few(), make_arms(PREFIX, [*WAYS, "budget=20%", "int8"], WAYS[:1]), out, SETTINGS)
     (out / "items.partial.jsonl").write_text("")
     with pytest.raises(InputError, match="not finished"):
         rescore(out, FREE, few(), ["kvcomm"], "")
@@ -313,7 +314,7 @@ def test_added_metrics_and_added_arms_do_not_mix(finished: Path, tmp_path: Path)
 def test_two_processes_do_not_share_a_folder(finished: Path) -> None:
     manifest = json.loads((finished / "manifest.json").read_text())
     with folder.claimed(finished, manifest), pytest.raises(InputError, match="another process"):
-        run(link(), FREE, few(), make_arms(KINDS, [*WAYS, "budget=20%"], WAYS[:1]), finished, SETTINGS)
+        run(link(), FREE, few(), make_arms(PREFIX, [*WAYS, "budget=20%"], WAYS[:1]), finished, SETTINGS)
 
 
 def test_items_that_are_too_long_are_left_out_and_named(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from conftest import byte_tokenizer, random_cache, tiny_lm
 from kvtalk import Link, Plan, Receiver, Sharer
 from kvtalk.adapters.halves import both_halves, receiver_half, sharer_half
-from kvtalk.adapters.store import CARD, Party, load_decoder, load_encoder, read_card, save_translator
+from kvtalk.adapters.store import CARD, Party, load_decoder, load_encoder, read_card, save_adapter
 from kvtalk.adapters.translator import Geometry, Pairing, Translator, pair
 from kvtalk.adapters.vectors import from_vectors, to_vectors
 from kvtalk.alignment.tokens import tokenize
@@ -57,7 +57,7 @@ def folder(models, tmp_path_factory):
         for parameter in translator.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
     out = tmp_path_factory.mktemp("adapter")
-    save_translator(translator, *(Party(lm.name, lm.spec.fingerprint) for lm in models), out)
+    save_adapter(translator, *(Party(lm.name, lm.spec.fingerprint) for lm in models), out)
     return out
 
 
@@ -207,7 +207,7 @@ def test_wrong_packets_and_adapters_are_refused(models, folder, tmp_path):
     with pytest.raises(AdapterError, match="a latent of this adapter has 64"):
         Link(*models, adapter=folder).ask(CONTEXT, "What?", plan=Plan.parse("bf16 width=65"))
     other = tmp_path / "other"
-    save_translator(Translator(geometry(*models)), *(Party(lm.name, lm.spec.fingerprint) for lm in models), other)
+    save_adapter(Translator(geometry(*models)), *(Party(lm.name, lm.spec.fingerprint) for lm in models), other)
     with pytest.raises(PacketError, match="both sides need the same"):
         Receiver(models[1], receiver_half(other, models[1])).answer(blob, "What?")
 
@@ -245,7 +245,7 @@ def test_stored_matrices_come_back(models, tmp_path, packing):
     shape = dataclasses.replace(geometry(*models), bottleneck=64)
     translator = Translator(shape)
     parties = [Party(lm.name, lm.spec.fingerprint) for lm in models]
-    card = save_translator(translator, *parties, tmp_path, packing)
+    card = save_adapter(translator, *parties, tmp_path, packing)
     loaded = load_encoder(*read_card(tmp_path))
     tolerance = {None: 0.005, "nf4:1x64": 0.16, "int8:1x64": 0.01}[packing]
     for (name, got), expected in zip(

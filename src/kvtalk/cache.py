@@ -366,6 +366,7 @@ class Prefix:
         length: the position after its last token.
         longest: the most tokens that any layer holds.
         rotated: whether the keys carry their rotary embedding.
+        text: digest of the text, where the receiver has it too and must compare.
     """
 
     layers: Iterable[LayerSource]
@@ -373,6 +374,7 @@ class Prefix:
     length: int
     longest: int
     rotated: bool
+    text: str | None = None
 
     @classmethod
     def of(cls, cache: KVCache, start: int = 0) -> Prefix:

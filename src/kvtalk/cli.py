@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,11 +17,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from kvtalk.errors import InputError, KVTalkError
+from kvtalk.errors import InputError, KVTalkError, ModelError
 from kvtalk.training.command import app as train_app
 
 if TYPE_CHECKING:
     import torch
+    from transformers import PreTrainedTokenizerBase
 
     from kvtalk.link import Answer, Link, Receiver, Sharer
     from kvtalk.planning import Plan
@@ -43,6 +46,10 @@ err = Console(stderr=True)
 
 ContextOption = Annotated[
     str, typer.Option("--context", "-c", help="File with the text to read, - for standard input.")
+]
+AskedContextOption = Annotated[
+    str | None,
+    typer.Option("--context", "-c", help="File with the text to read, - for standard input; only a fuser needs none."),
 ]
 QuestionOption = Annotated[str, typer.Option("--question", "-q", help="What the receiver is asked.")]
 BudgetOption = Annotated[
@@ -79,6 +86,17 @@ AdapterOption = Annotated[
         help="Adapter between two different models: folder, hub id, or the name of one that comes with kvtalk, such as "
         "smollm2-135m+gemma3-270m.",
     ),
+]
+FuserOption = Annotated[
+    str | None,
+    typer.Option(
+        "--fuser",
+        help="Both models read the question, and this fuser enriches the receiver's cache by the sharer's: folder, hub "
+        "id, or the name of one that comes with kvtalk.",
+    ),
+]
+SelfFuserOption = Annotated[
+    str | None, typer.Option(help="A fuser trained with the receiver as its own sharer, for the control self.")
 ]
 TaskOption = Annotated[str, typer.Option("--task", "-t", help="Name of the task; an unknown one lists them.")]
 ArmsOption = Annotated[
@@ -120,11 +138,12 @@ TimeOption = Annotated[
 
 @app.command()
 def ask(
-    context: ContextOption,
     question: QuestionOption,
+    context: AskedContextOption = None,
     sharer: SharerOption = DEFAULT_MODEL,
     receiver: ReceiverOption = None,
     adapter: AdapterOption = None,
+    fuser: FuserOption = None,
     budget: BudgetOption = None,
     plan: PlanOption = None,
     max_new_tokens: TokensOption = 48,
@@ -136,9 +155,17 @@ def ask(
     ] = True,
     as_json: JsonOption = False,
 ) -> None:
-    """Ask a question about a text that only the sharer reads, and see what it cost and what it bought."""
-    text = read_text(context)
+    """Ask a question about a text that only the sharer reads, and see what it cost and what it bought.
+
+    With --fuser both models read everything, and the sharer's cache enriches the receiver's.
+    """
+    text = None if context is None else read_text(context)
     chosen = _plan(plan, seed)
+    if fuser is not None:
+        _ask_fused(fuser, sharer, receiver, text, question, budget, chosen, max_new_tokens, as_json)
+        return
+    if text is None:
+        raise InputError("give --context: a file, a text, or - for standard input")
     with _loading():
         link = _link(sharer, receiver, adapter)
         link.warm_up()
@@ -246,12 +273,82 @@ def inspect(
         out.print(inspection.table(packet))
 
 
+@app.command("align")
+def align_tokens(
+    text: Annotated[str, typer.Argument(help="A file, - for standard input, or the text itself in quotes.")],
+    sharer: Annotated[
+        str, typer.Option("--sharer", "-s", help="Whose tokenizer reads: bundled name, folder, .gguf file or hub id.")
+    ],
+    receiver: Annotated[str, typer.Option("--receiver", "-r", help="Whose tokens are to be matched.")],
+    strategy: Annotated[
+        str,
+        typer.Option(
+            help="Which of the sharer tokens that share characters with a receiver token stands for it: first, last, "
+            "coverage (the one that covers most of it) or mean (all of them)."
+        ),
+    ] = "coverage",
+    limit: Annotated[int, typer.Option(min=0, help="Receiver tokens to show; the report counts all.")] = 20,
+    as_json: JsonOption = False,
+) -> None:
+    """See which sharer token stands for which receiver token, from the tokenizers alone.
+
+    [bold]kvtalk align --sharer smollm2-135m --receiver gemma3-270m "unbelievable 北京 😀"[/]
+
+    Tokens that cover the same characters belong together. Sharer tokens in parentheses overlap but are passed over;
+    they are no loss with --strategy mean. The last column is what C2C's published code would feed to the sharer
+    instead: each receiver token decoded and encoded again by itself, ≠ where the sharer's own tokens are others.
+    """
+    from kvtalk.alignment import inspection
+
+    content = _text_or_file(text)
+    with _loading():
+        tokenizers = _tokenizer(sharer), _tokenizer(receiver)
+    compared = inspection.compare(*tokenizers, content, strategy)
+    if as_json:
+        about = {"sharer": sharer, "receiver": receiver, "strategy": strategy}
+        out.print_json(json.dumps({**about, **inspection.as_dict(compared, limit)}))
+        return
+    if limit:
+        out.print(inspection.table(compared, limit))
+    for line in inspection.lines(compared):
+        out.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command("import-c2c")
+def import_c2c(
+    folder: Annotated[Path, typer.Argument(help="Checkpoint folder of github.com/thu-nics/C2C, with projector_0.pt.")],
+    sharer: Annotated[str, typer.Option("--sharer", "-s", help="Model that it calls the teacher.")],
+    receiver: Annotated[str, typer.Option("--receiver", "-r", help="Model that it calls the base.")],
+    out_folder: Annotated[Path, typer.Option("--out", "-o", help="Folder for the fuser.")],
+) -> None:
+    """Make a fuser of a checkpoint that C2C's published code trained; no pickled code is run."""
+    from kvtalk.adapters import c2c
+    from kvtalk.models import LM
+
+    with _loading():
+        reads = LM.load(sharer)
+        card = c2c.import_c2c(folder, reads, reads if receiver == sharer else LM.load(receiver), out_folder)
+    facts = card.facts
+    out.print(
+        escape(
+            f"{out_folder}: {facts['layers']} layers from {facts['projectors']} projectors, {facts['open']} of "
+            f"{2 * facts['layers']} gates open"
+        ),
+        highlight=False,
+        soft_wrap=True,
+    )
+    next_command = f"kvtalk eval --task openbookqa --sharer {sharer} --receiver {receiver} --fuser {out_folder}"
+    out.print(escape(f"next: {next_command}"), highlight=False, soft_wrap=True)
+
+
 @app.command("eval")
 def evaluate(
     task: TaskOption = "invented",
     sharer: SharerOption = DEFAULT_MODEL,
     receiver: ReceiverOption = None,
     adapter: AdapterOption = None,
+    fuser: FuserOption = None,
+    self_fuser: SelfFuserOption = None,
     arms: ArmsOption = None,
     plan: Annotated[
         list[str] | None,
@@ -286,7 +383,8 @@ def evaluate(
     [bold]kvtalk eval --task squad --data FOLDER --arms receiver,text,cache,wrong,zeroed --plan int8[/]
 
     Arms: receiver, sharer (alone), text (the ceiling), relay (the sharer writes a text), routing, cache, and its
-    controls wrong, zeroed, self. A gain is printed only where wrong and zeroed were run.
+    controls wrong, zeroed, self. A gain is printed only where wrong and zeroed were run. With --fuser the arm fused
+    stands in the place of cache, and a gain needs --self-fuser and the arm self besides.
     """
     from kvtalk.evaluation import session
     from kvtalk.evaluation.batch import Settings
@@ -300,7 +398,7 @@ def evaluate(
     settings = Settings(relay_tokens=relay_tokens, temperature=temperature, seed=seed)
     run = session.prepare(asked, _listed(arms), ways, None, settings, batch, time_items)
     with _loading():
-        link = _link(sharer, receiver, adapter, dtype)
+        link = _evaluated(sharer, receiver, adapter, dtype, fuser, self_fuser)
     session.evaluate(out, link, run, out_dir)
 
 
@@ -310,6 +408,8 @@ def curve(
     sharer: SharerOption = DEFAULT_MODEL,
     receiver: ReceiverOption = None,
     adapter: AdapterOption = None,
+    fuser: FuserOption = None,
+    self_fuser: SelfFuserOption = None,
     arms: ArmsOption = None,
     codecs: Annotated[
         str | None, typer.Option(help="Codecs to combine with the next three, such as 'bf16,int4:channel/int4:token'.")
@@ -328,6 +428,7 @@ def curve(
         list[str] | None,
         typer.Option(help="A plan whose controls are run; by default the largest, the middle one and the smallest."),
     ] = None,
+    protocol: ProtocolOption = None,
     metrics: MetricsOption = None,
     out_dir: OutOption = None,
     data: DataOption = None,
@@ -359,11 +460,11 @@ def curve(
     listed = listed or list(sweep.DEFAULT_PLANS)
     ways = sweep.normalized([*listed, *(plan or []), *(f"budget={size}" for size in budget or [])])
     controlled = sweep.controlled(ways, controls)
-    asked = session.Asked(task, data, hub, revision, limit, None, _listed(metrics), embedder)
+    asked = session.Asked(task, data, hub, revision, limit, protocol, _listed(metrics), embedder)
     settings = Settings(relay_tokens=relay_tokens, temperature=temperature, seed=seed)
     run = session.prepare(asked, _listed(arms), ways, controlled, settings, batch, time_items)
     with _loading():
-        link = _link(sharer, receiver, adapter, dtype)
+        link = _evaluated(sharer, receiver, adapter, dtype, fuser, self_fuser)
     session.evaluate(out, link, run, out_dir)
 
 
@@ -470,6 +571,44 @@ def fetch(address: str) -> memoryview:
     return file.load(address)
 
 
+def _text_or_file(given: str) -> str:
+    """The text of a file if there is one of that name, else the argument itself.
+
+    Raises:
+        InputError: nothing to read, or one word that looks like the name of a file that is not there.
+    """
+    if given == "-" or os.path.isfile(given):
+        text = read_text(given)
+    elif os.path.isdir(given) or re.fullmatch(r"\S*(/\S*|\w\.[a-z][a-z0-9]{1,4})", given):
+        raise InputError(f"no file {given}; if that is the text itself, give it on standard input, with - in its place")
+    else:
+        text = given
+    if not text:
+        raise InputError("the text is empty: give a file, -, or the text in quotes")
+    return text
+
+
+def _tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """A model's tokenizer without the model.
+
+    Raises:
+        ModelError: there is none of that name.
+    """
+    from kvtalk import bundled
+    from kvtalk.loading import load_tokenizer
+
+    base = Path(name.partition("+")[0])  # a LoRA has no tokenizer of its own
+    if str(base) in bundled.MODELS:
+        return bundled.load_tokenizer(str(base))
+    if base.suffix == ".gguf" and base.is_file():
+        return load_tokenizer(base.parent, {"gguf_file": base.name})
+    if not base.is_dir() and (base.suffix == ".gguf" or base.is_absolute() or len(base.parts) != 2):
+        raise ModelError(
+            f"no model {name!r}: give a folder, a .gguf file, a hub id, or a name from `kvtalk models list`"
+        )
+    return load_tokenizer(base)
+
+
 def _plan(text: str | None, seed: int) -> Plan | None:
     if text is None:
         return None
@@ -482,6 +621,43 @@ def _link(sharer: str, receiver: str | None, adapter: str | None, dtype: str | N
     from kvtalk.link import Link
 
     return Link(sharer, receiver or sharer, adapter=adapter, dtype=_dtype(dtype))
+
+
+def _evaluated(
+    sharer: str, receiver: str | None, adapter: str | None, dtype: str | None, fuser: str | None, own: str | None
+) -> Link:
+    from kvtalk.fusion import FusedLink
+
+    if fuser is None:
+        return _link(sharer, receiver, adapter, dtype)
+    return FusedLink(sharer, receiver or sharer, fuser, own, dtype=_dtype(dtype))
+
+
+def _ask_fused(
+    fuser: str,
+    sharer: str,
+    receiver: str | None,
+    text: str | None,
+    question: str,
+    budget: str | None,
+    plan: Plan | None,
+    tokens: int,
+    as_json: bool,
+) -> None:
+    from kvtalk.fusion import FusedLink
+
+    with _loading():
+        link = FusedLink(sharer, receiver or sharer, fuser)
+        link.fusion.ask("A question?", max_new_tokens=2)
+    answer = link.fusion.ask(question, text, budget=budget, plan=plan, max_new_tokens=tokens)
+    rows = {"fused": answer, "receiver alone": link.receiver.answer_text(text, question, max_new_tokens=tokens)}
+    if as_json:
+        out.print_json(json.dumps({name: _as_dict(row) for name, row in rows.items()}))
+        return
+    if not out.is_terminal:
+        typer.echo(answer.text)
+    out.print(_answers_table(rows, question))
+    _print_phases(answer)
 
 
 def _dtype(name: str | None) -> torch.dtype | None:

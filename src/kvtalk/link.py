@@ -15,7 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from kvtalk import packet as wire
 from kvtalk.adapters.halves import ReceiverHalf, SharerHalf, both_halves
-from kvtalk.adapters.store import shipped_for
+from kvtalk.adapters.store import Card, shipped_for
 from kvtalk.cache import KVCache, LayerSource, Prefix
 from kvtalk.errors import AdapterError, BudgetError, InputError
 from kvtalk.models import LM, Generation
@@ -145,7 +145,7 @@ class Sharer:
             return wire.predict(cache, candidate, self._spec(candidate), self.start, parts)
 
         if self.half is not None and plan is not None:
-            return fit_latent(plan, limit, size, self.half.card.geometry.latent if given is None else None)
+            return fit_latent(plan, limit, size, self.half.latent if given is None else None)
         if plan is None:
             return fit(cache, self.lm.spec, limit, size)
         if size(plan) <= limit:
@@ -167,13 +167,11 @@ class Sharer:
     def encode_rows(self, cache: KVCache, plans: Sequence[Plan]) -> list[memoryview]:
         """A packet of each row; rows whose plans differ only in the tokens they keep are packed in one go."""
         plans = plans if self.half is None else [self.half.plan(plan) for plan in plans]
-        blobs: dict[int, memoryview] = {}
-        for same in {replace(plan, keep=1.0) for plan in plans}:
-            rows = [row for row, plan in enumerate(plans) if replace(plan, keep=1.0) == same]
-            part = cache if len(rows) == cache.batch else cache.of_rows(rows)
-            made = wire.encode_rows(self._cut(part, same), [plans[row] for row in rows], self._spec(same), self.start)
-            blobs.update(zip(rows, made, strict=True))
-        return [blobs[row] for row in range(cache.batch)]
+
+        def pack(part: KVCache, same: Plan, rows: Sequence[int]) -> list[memoryview]:
+            return wire.encode_rows(self._cut(part, same), [plans[row] for row in rows], self._spec(same), self.start)
+
+        return pack_rows(cache, plans, pack)
 
     def share(self, context: str, budget: Budget | str | None = None, plan: Plan | None = None) -> Shared:
         """Read a context and pack its cache into memory.
@@ -337,6 +335,10 @@ class Link:
         card: of the adapter between them; None where there is none.
     """
 
+    sharer: Sharer
+    receiver: Receiver
+    card: Card | None
+
     def __init__(
         self,
         sharer: LM | str,
@@ -419,6 +421,24 @@ class Link:
             bits_per_value=sent.bits_per_value,
         )
         return replace(answer, cost=cost, plan=shared.plan)
+
+
+def pack_rows(
+    cache: KVCache, plans: Sequence[Plan], pack: Callable[[KVCache, Plan, Sequence[int]], list[memoryview]]
+) -> list[memoryview]:
+    """A packet of each row; rows whose plans differ only in the tokens they keep are packed in one go.
+
+    Args:
+        cache: of all rows.
+        plans: of each.
+        pack: packs some rows; is given these, their plan but for the tokens kept, and their numbers.
+    """
+    blobs: dict[int, memoryview] = {}
+    for same in {replace(plan, keep=1.0) for plan in plans}:
+        rows = [row for row, plan in enumerate(plans) if replace(plan, keep=1.0) == same]
+        part = cache if len(rows) == cache.batch else cache.of_rows(rows)
+        blobs.update(zip(rows, pack(part, same, rows), strict=True))
+    return [blobs[row] for row in range(cache.batch)]
 
 
 def bits_per_value(size: int, tokens: int, lm: LM) -> float:

@@ -38,6 +38,7 @@ class Manifest(_Strict):
         end: the position after its last token.
         longest: the most tokens that any layer of the whole cache keeps.
         rotated: whether keys carry their rotary embedding.
+        text: xxh3 of the text that was read, in a cache for a receiver that reads it too (fused placement).
         codecs: names that the rows refer to.
         masks: ``shared`` if layers of equal first, span and kept have one mask.
         part: this packet's number from 1, and how many there are.
@@ -55,6 +56,7 @@ class Manifest(_Strict):
     end: Count
     longest: Count
     rotated: bool
+    text: Digest | None = None
     codecs: Annotated[list[Annotated[str, Field(max_length=32)]], Field(max_length=64)]
     masks: Literal["shared", "layer"]
     part: tuple[Small, Small]

@@ -55,10 +55,12 @@ class Memory(RawIOBase):
         return size
 
 
-def predict(cache: KVCache, plan: Plan, spec: ModelSpec, start: int = 0, parts: int = 1) -> int:
+def predict(
+    cache: KVCache, plan: Plan, spec: ModelSpec, start: int = 0, parts: int = 1, text: str | None = None
+) -> int:
     """Bytes of the packet (or of all parts together), exactly, before anything is encoded."""
     _need_one_row(cache)
-    return sum(draft.size for draft in _drafts(cache, [plan], spec, start, parts)[0])
+    return sum(draft.size for draft in _drafts(cache, [plan], spec, start, parts, [text])[0])
 
 
 def encode(cache: KVCache, plan: Plan, spec: ModelSpec, start: int = 0) -> memoryview:
@@ -77,7 +79,9 @@ def encode(cache: KVCache, plan: Plan, spec: ModelSpec, start: int = 0) -> memor
     return encode_rows(cache, [plan], spec, start)[0]
 
 
-def encode_rows(cache: KVCache, plans: Sequence[Plan], spec: ModelSpec, start: int = 0) -> list[memoryview]:
+def encode_rows(
+    cache: KVCache, plans: Sequence[Plan], spec: ModelSpec, start: int = 0, texts: Sequence[str] | None = None
+) -> list[memoryview]:
     """A packet of each sequence in memory, byte for byte what :func:`encode` makes of it alone, in one go.
 
     Args:
@@ -85,6 +89,7 @@ def encode_rows(cache: KVCache, plans: Sequence[Plan], spec: ModelSpec, start: i
         plans: of each row; they may differ in how many tokens they keep, and in nothing else.
         spec: the sharer's.
         start: position of each context's first token.
+        texts: digests of what was read, for receivers that read it too.
 
     Raises:
         CacheError: NaN, infinity, a value that the codec cannot represent, or plans that differ in more.
@@ -92,7 +97,7 @@ def encode_rows(cache: KVCache, plans: Sequence[Plan], spec: ModelSpec, start: i
     if len({replace(plan, keep=1.0) for plan in plans}) != 1:
         raise CacheError("the plans of rows that are packed together may differ only in how many tokens they keep")
     _check_packable(cache, start)
-    drafts = [row[0] for row in _drafts(cache, plans, spec, start, 1)]
+    drafts = [row[0] for row in _drafts(cache, plans, spec, start, 1, texts)]
     targets = [Memory(draft.size) for draft in drafts]
     _write_part(targets, cache, plans[0], spec, drafts)
     return [target.blob for target in targets]
@@ -335,7 +340,7 @@ def prefix(packets: Iterable[Packet], spec: ModelSpec) -> Prefix:
 
     first.check_model(spec)
     about = first.manifest
-    return Prefix(layers(), about.start, about.end, about.longest, about.rotated)
+    return Prefix(layers(), about.start, about.end, about.longest, about.rotated, about.text)
 
 
 def to_cache(packets: Iterable[Packet], spec: ModelSpec) -> KVCache:
@@ -440,16 +445,25 @@ class _Draft:
         return header_bytes({**self.about, "sums": listed}, self.layout)
 
 
-def _drafts(cache: KVCache, plans: Sequence[Plan], spec: ModelSpec, start: int, parts: int) -> list[list[_Draft]]:
+def _drafts(
+    cache: KVCache,
+    plans: Sequence[Plan],
+    spec: ModelSpec,
+    start: int,
+    parts: int,
+    texts: Sequence[str | None] | None = None,
+) -> list[list[_Draft]]:
     """For each row, its packets by layer group."""
     groups = _groups(len(spec.layers), parts)
+    texts = texts or [None] * len(plans)
     rows = []
-    for extents, plan, length in zip(cache.extents, plans, cache.length, strict=True):
+    for extents, plan, length, text in zip(cache.extents, plans, cache.length, texts, strict=True):
         whole = plan.layout(extents, spec)
         row = []
         for number, (begin, stop) in enumerate(groups, 1):
             layout = whole.covering(begin, stop)
-            row.append(_Draft(layout, _about(plan, spec, layout, (start, length, whole.longest), (number, parts))))
+            about = _about(plan, spec, layout, (start, length, whole.longest), (number, parts))
+            row.append(_Draft(layout, about if text is None else {**about, "text": text}))
         rows.append(row)
     return rows
 

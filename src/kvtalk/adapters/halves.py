@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from kvtalk import bundled
-from kvtalk.adapters.store import Card, Half, load_decoder, load_encoder, read_card
-from kvtalk.adapters.translator import Decoder, Encoder, pair
+from kvtalk.adapters.store import Card, Part, is_matrix, load_decoder, load_encoder, read_card
+from kvtalk.adapters.translator import Decoder, Encoder, Geometry, pair
 from kvtalk.adapters.vectors import from_vectors, lead, to_vectors
 from kvtalk.alignment.tokens import tokenize
 from kvtalk.cache import PADDING, KVCache, LayerCache, Prefix
@@ -46,7 +46,12 @@ class SharerHalf:
         card.check("sharer", lm.spec)
         card.check_tokenizer(tokenizer)
         self.card, self.lm, self.tokenizer = card, lm, tokenizer
-        self.encoder = _ready(encoder, lm)
+        self.encoder = beside(encoder, lm)
+
+    @property
+    def latent(self) -> int:
+        """Numbers of a whole latent."""
+        return _latent_of(self.card)
 
     @torch.inference_mode()
     def read(self, contexts: Sequence[str]) -> KVCache:
@@ -74,9 +79,9 @@ class SharerHalf:
         plan = plan or Plan()
         if plan.values not in (plan.keys, NOTHING) or plan.rope != "after" or plan.layers != "all":
             raise AdapterError(f"plan {plan}: latents have one codec and no layers; use CODEC [POLICY@KEEP] [width=N]")
-        width = self.card.geometry.latent if plan.width is None else plan.width
-        if not 0 < width <= self.card.geometry.latent:
-            raise AdapterError(f"width {width}: a latent of this adapter has {self.card.geometry.latent} numbers")
+        width = self.latent if plan.width is None else plan.width
+        if not 0 < width <= self.latent:
+            raise AdapterError(f"width {width}: a latent of this adapter has {self.latent} numbers")
         return replace(plan, values=NOTHING, rope="after", layers="all", width=width)
 
     def spec(self, width: int | None) -> ModelSpec:
@@ -105,7 +110,7 @@ class ReceiverHalf:
         """
         card.check("receiver", lm.spec)
         self.card, self.lm = card, lm
-        self.decoder = _ready(decoder, lm)
+        self.decoder = beside(decoder, lm)
         self.spec = _latent_spec(card, replace(lm.spec, fingerprint=card.sharer.fingerprint), None)
 
     @torch.inference_mode()
@@ -138,7 +143,7 @@ def both_halves(name: str | Path, sharer: LM, receiver: LM) -> tuple[SharerHalf,
     Raises:
         AdapterError: not an adapter, damaged, or not for these models.
     """
-    card, folder = read_card(name)
+    card, folder = read_card(name, "translator")
     encoder, decoder = load_encoder(card, folder), load_decoder(card, folder)
     return SharerHalf(card, encoder, sharer, receiver.tokenizer), ReceiverHalf(card, decoder, receiver)
 
@@ -150,10 +155,8 @@ def sharer_half(name: str | Path, sharer: LM) -> SharerHalf:
         AdapterError: not an adapter, damaged, or not for this sharer.
         ModelError: the receiver's tokenizer cannot be loaded.
     """
-    card, folder = read_card(name)
-    known = card.receiver.name in bundled.MODELS
-    tokenizer = (bundled.load_tokenizer if known else load_tokenizer)(card.receiver.name)
-    return SharerHalf(card, load_encoder(card, folder), sharer, tokenizer)
+    card, folder = read_card(name, "translator")
+    return SharerHalf(card, load_encoder(card, folder), sharer, tokenizer_of(card.receiver.name))
 
 
 def receiver_half(name: str | Path, receiver: LM) -> ReceiverHalf:
@@ -162,20 +165,34 @@ def receiver_half(name: str | Path, receiver: LM) -> ReceiverHalf:
     Raises:
         AdapterError: not an adapter, damaged, or not for this receiver.
     """
-    card, folder = read_card(name)
+    card, folder = read_card(name, "translator")
     return ReceiverHalf(card, load_decoder(card, folder), receiver)
 
 
-def _ready(half: Half, lm: LM) -> Half:
-    """Beside its model: matrices in the model's type, everything else in float32."""
-    for parameter in half.parameters():
-        if parameter.dim() > 1:
+def tokenizer_of(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer alone of a model that a card names.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    return (bundled.load_tokenizer if name in bundled.MODELS else load_tokenizer)(name)
+
+
+def beside(part: Part, lm: LM) -> Part:
+    """An adapter's part beside its model: matrices in the model's type, everything else in float32."""
+    for parameter in part.parameters():
+        if is_matrix(parameter):
             parameter.data = parameter.data.to(lm.spec.dtype)
-    return half.to(lm.device).eval()
+    return part.to(lm.device).eval()
+
+
+def _latent_of(card: Card) -> int:
+    assert isinstance(card.geometry, Geometry)
+    return card.geometry.latent
 
 
 def _latent_spec(card: Card, spec: ModelSpec, width: int | None) -> ModelSpec:
-    layer = LayerSpec(1, width or card.geometry.latent, None, None)
+    layer = LayerSpec(1, width or _latent_of(card), None, None)
     return replace(spec, layers=(layer,), adapter=card.identity)
 
 

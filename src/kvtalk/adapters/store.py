@@ -1,11 +1,13 @@
-"""Adapters on disk: a card (``adapter.json``) and the weights of each half (safetensors), in a folder or on the hub.
+"""Adapters on disk: a card (``adapter.json``) and the weights of each part (safetensors), in a folder or on the hub.
 
-A half is loaded without the other. Matrices may be stored in 4 bits, by kvtalk's own codecs.
+A translator has two parts, one for each side, and one is loaded without the other; a fuser has one. Matrices may be
+stored in 4 bits, by kvtalk's own codecs.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +18,7 @@ from safetensors.torch import load, save
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from kvtalk.adapters.fuser import Fuser, FuserGeometry
 from kvtalk.adapters.translator import Decoder, Encoder, Geometry, Translator
 from kvtalk.codecs import codec
 from kvtalk.errors import AdapterError
@@ -23,9 +26,20 @@ from kvtalk.spec import Fingerprint, ModelSpec, tokenizer_digest
 
 CARD = "adapter.json"
 SHIPPED = Path(__file__).parent / "shipped"
-"""Adapters that come with kvtalk; a folder's name, ``SHARER+RECEIVER``, loads it."""
+"""Adapters that come with kvtalk; a folder's name loads it: ``SHARER+RECEIVER`` a translator, with ``.fuser`` after it
+a fuser."""
 
-Half = TypeVar("Half", bound=nn.Module)
+KINDS: dict[str, Callable[[dict[str, Any]], Geometry | FuserGeometry]] = {
+    "translator": lambda content: Geometry(**content),
+    "fuser": FuserGeometry.of,
+}
+"""How the sizes of each kind of adapter are read from a card."""
+
+_OPTIONS = {"translator": "--adapter", "fuser": "--fuser"}
+
+Part = TypeVar("Part", bound=nn.Module)
+_LEAST = 16
+"""Rows and columns of what counts as a matrix."""
 _PACKED = ".codes", ".scales", ".shape"
 
 
@@ -47,18 +61,18 @@ class Card:
     """What an adapter is.
 
     Attributes:
-        kind: ``translator``.
+        kind: ``translator`` or ``fuser``.
         sharer: the model that reads.
         receiver: the model that answers.
         geometry: sizes.
-        weights: xxh3 of each half's file.
+        weights: xxh3 of each part's file.
         facts: how and on what it was trained, for people.
     """
 
     kind: str
     sharer: Party
     receiver: Party
-    geometry: Geometry
+    geometry: Geometry | FuserGeometry
     weights: dict[str, str]
     facts: dict[str, Any] = field(default_factory=dict)
 
@@ -79,7 +93,7 @@ class Card:
         if different:
             raise AdapterError(
                 f"this adapter's {role} is {party.name}; {', '.join(different)} of the given model differ: "
-                "use that model or train an adapter for this pair (kvtalk train translator)"
+                f"use that model or train an adapter for this pair (kvtalk train {self.kind})"
             )
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -92,8 +106,8 @@ class Card:
             raise AdapterError(f"the sharer needs the tokenizer of {self.receiver.name}, this is another one")
 
 
-def save_translator(
-    translator: Translator,
+def save_adapter(
+    adapter: Translator | Fuser,
     sharer: Party,
     receiver: Party,
     folder: Path,
@@ -103,33 +117,38 @@ def save_translator(
     """Write an adapter.
 
     Args:
-        translator: trained.
+        adapter: trained.
         sharer: what it was trained with.
         receiver: likewise.
         folder: created if need be.
         packing: codec of the matrices, such as ``nf4:1x64``; None for bf16.
         facts: for people.
     """
-    halves = {"encoder": translator.encoder, "decoder": translator.decoder}
-    blobs = {name: save(_packed(half, packing)) for name, half in halves.items()}
+    parts: list[tuple[str, nn.Module]]
+    if isinstance(adapter, Fuser):
+        kind, parts = "fuser", [("fuser", adapter)]
+    else:
+        kind, parts = "translator", [("encoder", adapter.encoder), ("decoder", adapter.decoder)]
+    blobs = {name: save(_packed(part, packing)) for name, part in parts}
     folder.mkdir(parents=True, exist_ok=True)
     weights = {}
     for name, blob in blobs.items():
         (folder / f"{name}.safetensors").write_bytes(blob)
         weights[name] = str(xxhash.xxh3_64_hexdigest(blob))
-    card = Card("translator", sharer, receiver, translator.geometry, weights, facts or {})
+    card = Card(kind, sharer, receiver, adapter.geometry, weights, facts or {})
     (folder / CARD).write_text(json.dumps(asdict(card), indent=1, ensure_ascii=False), "utf-8")
     return card
 
 
-def read_card(name: str | Path) -> tuple[Card, Path]:
+def read_card(name: str | Path, kind: str | None = None) -> tuple[Card, Path]:
     """The card of an adapter and the folder it lies in.
 
     Args:
         name: folder, hub id, or name of one that comes with kvtalk.
+        kind: which kind it must be of; by default any.
 
     Raises:
-        AdapterError: not found, or not an adapter.
+        AdapterError: not found, not an adapter, or of another kind.
     """
     folder = _folder(name)
     try:
@@ -138,14 +157,14 @@ def read_card(name: str | Path) -> tuple[Card, Path]:
             content["kind"],
             _party(content["sharer"]),
             _party(content["receiver"]),
-            Geometry(**content["geometry"]),
+            _geometry(content["kind"], content["geometry"]),
             dict(content["weights"]),
             content.get("facts", {}),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise AdapterError(f"{name}: not an adapter ({CARD} is missing or damaged: {error})") from error
-    if card.kind != "translator":
-        raise AdapterError(f"{name}: an adapter of the kind {card.kind!r}, which this version does not know")
+    if kind is not None and card.kind != kind:
+        raise AdapterError(f"{name}: a {card.kind}, no {kind}: give it by {_OPTIONS[card.kind]}")
     return card, folder
 
 
@@ -155,6 +174,7 @@ def load_encoder(card: Card, folder: Path) -> Encoder:
     Raises:
         AdapterError: missing or damaged.
     """
+    assert isinstance(card.geometry, Geometry)
     return _filled(Encoder(card.geometry), card, folder, "encoder")
 
 
@@ -164,17 +184,34 @@ def load_decoder(card: Card, folder: Path) -> Decoder:
     Raises:
         AdapterError: missing or damaged.
     """
+    assert isinstance(card.geometry, Geometry)
     return _filled(Decoder(card.geometry), card, folder, "decoder")
 
 
-def shipped_for(sharer: ModelSpec, receiver: ModelSpec) -> Path | None:
-    """The adapter for a pair that comes with kvtalk, if there is one."""
+def load_fuser(card: Card, folder: Path) -> Fuser:
+    """All of a fuser.
+
+    Raises:
+        AdapterError: missing or damaged.
+    """
+    assert isinstance(card.geometry, FuserGeometry)
+    return _filled(Fuser(card.geometry), card, folder, "fuser")
+
+
+def shipped_for(sharer: ModelSpec, receiver: ModelSpec, kind: str = "translator") -> Path | None:
+    """The adapter of a kind for a pair that comes with kvtalk, if there is one."""
     for file in sorted(SHIPPED.glob(f"*/{CARD}")):
         card = read_card(file.parent)[0]
         both = (card.sharer.fingerprint, card.receiver.fingerprint)
-        if both == (sharer.fingerprint, receiver.fingerprint):
+        if card.kind == kind and both == (sharer.fingerprint, receiver.fingerprint):
             return file.parent
     return None
+
+
+def _geometry(kind: str, content: Mapping[str, Any]) -> Geometry | FuserGeometry:
+    if kind not in KINDS:
+        raise AdapterError(f"an adapter of the kind {kind!r}, which this version does not know")
+    return KINDS[kind](dict(content))
 
 
 def _party(content: dict[str, Any]) -> Party:
@@ -203,11 +240,16 @@ def shipped_as(identity: str) -> Path | None:
     return next((folder for folder in cards if read_card(folder)[0].identity == identity), None)
 
 
-def _packed(half: nn.Module, packing: str | None) -> dict[str, torch.Tensor]:
+def is_matrix(tensor: torch.Tensor) -> bool:
+    """Whether a tensor of an adapter is one, or several, and so may be stored in few bits."""
+    return tensor.dim() > 1 and min(tensor.shape[-2:]) >= _LEAST
+
+
+def _packed(part: nn.Module, packing: str | None) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
-    for name, tensor in half.state_dict().items():
+    for name, tensor in part.state_dict().items():
         matrix = tensor.detach().float().cpu()
-        if tensor.dim() < 2:
+        if not is_matrix(tensor):
             tensors[name] = matrix
         elif packing is None:
             tensors[name] = matrix.bfloat16()
@@ -219,7 +261,7 @@ def _packed(half: nn.Module, packing: str | None) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _filled(half: Half, card: Card, folder: Path, name: str) -> Half:
+def _filled(part: Part, card: Card, folder: Path, name: str) -> Part:
     file = folder / f"{name}.safetensors"
     try:
         blob = file.read_bytes()
@@ -237,7 +279,7 @@ def _filled(half: Half, card: Card, folder: Path, name: str) -> Half:
             codec(packing).decode(codes, scales, out)
             state[base] = out.view(shape.tolist())
     try:
-        half.load_state_dict(state)
+        part.load_state_dict(state)
     except RuntimeError as error:
         raise AdapterError(f"{file}: its weights do not have the sizes that {CARD} names") from error
-    return half
+    return part

@@ -9,9 +9,9 @@ from typing import Literal, get_args
 from kvtalk.errors import InputError
 from kvtalk.planning import Budget, Plan
 
-Kind = Literal["receiver", "sharer", "text", "relay", "routing", "cache", "wrong", "zeroed", "self"]
+Kind = Literal["receiver", "sharer", "text", "relay", "routing", "cache", "fused", "wrong", "zeroed", "self"]
 KINDS: tuple[str, ...] = get_args(Kind)
-TRANSFERS = ("cache", "wrong", "zeroed", "self")
+TRANSFERS = ("cache", "fused", "wrong", "zeroed", "self")
 """Those that send a packet and so have a plan."""
 
 DESTROYED = ("wrong", "zeroed")
@@ -24,7 +24,8 @@ ABOUT = {
     "relay": "the receiver with a text that the sharer wrote for it",
     "routing": "per question the more confident of receiver alone and sharer alone",
     "cache": "the receiver with the sharer's cache of the context",
-    "wrong": "the same with the cache of another item's context",
+    "fused": "the receiver reading the prompt itself, its cache enriched by the sharer's through a fuser",
+    "wrong": "the same with the cache of another item's context, or where all read the question, of another question",
     "zeroed": "the same with every key and value, or every latent, set to zero",
     "self": "the same with the receiver's own cache in the sharer's place",
 }
@@ -75,6 +76,8 @@ def make_arms(
             raise InputError(f"no arm {kind!r}; there are {', '.join(KINDS)}")
     if not kinds:
         raise InputError(f"no arm to run; there are {', '.join(KINDS)}")
+    if {"cache", "fused"} <= set(kinds):
+        raise InputError("cache and fused are two placements, whose controls have the same names: run them apart")
     if "routing" in kinds and not {"receiver", "sharer"} <= set(kinds):
         raise InputError("the arm routing chooses between two others: add receiver and sharer")
     ways = [way.strip() for way in ways] or ["bf16"]
@@ -85,7 +88,7 @@ def make_arms(
         _transfer(kind, way, seed)
         for way in ways
         for kind in TRANSFERS
-        if kind in kinds and (kind == "cache" or controlled is None or way in controlled)
+        if kind in kinds and (kind in ("cache", "fused") or controlled is None or way in controlled)
     ]
     return plain + sent
 

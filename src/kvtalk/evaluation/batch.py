@@ -14,11 +14,13 @@ from zlib import crc32
 
 import torch
 
+from kvtalk.adapters.fusing import Prompt
 from kvtalk.cache import LayerCache, Prefix
 from kvtalk.evaluation.arms import Arm
 from kvtalk.evaluation.data import Item, Passage
 from kvtalk.evaluation.protocols import Outcome, Protocol
 from kvtalk.evaluation.summary import Record
+from kvtalk.fusion import FusedLink, FusedSharer, Fusion
 from kvtalk.link import Link, Receiver, Sharer, bits_per_value
 from kvtalk.placement import PlacedCache
 from kvtalk.planning import Plan
@@ -63,6 +65,7 @@ class Batch:
         items: Sequence[Item],
         following: Mapping[str, str],
         settings: Settings,
+        others: Mapping[str, Item] | None = None,
     ) -> None:
         """Prepare.
 
@@ -72,10 +75,12 @@ class Batch:
             items: of the batch.
             following: for each context another one, for the wrong-cache control.
             settings: length of a relayed text.
+            others: for each item's id another item, for the same where both models read the question.
         """
         self.link, self.protocol, self.items = link, protocol, items
-        self.following, self.settings = following, settings
+        self.following, self.others, self.settings = following, others or {}, settings
         self._reads: dict[int, _Read] = {}
+        self._fused: dict[tuple[int, bool], _FusedRead] = {}
         self._last: tuple[tuple[int, str], _Sent] | None = None
 
     def run(self, arm: Arm) -> list[Record]:
@@ -92,7 +97,7 @@ class Batch:
         if arm.kind == "relay":
             texts = self._relayed
             return self._ask(arm, receiver, texts, [len(text.encode()) for text in texts], texts)
-        return self._ask_from_cache(arm)
+        return self._ask_fused(self.link, arm) if isinstance(self.link, FusedLink) else self._ask_from_cache(arm)
 
     def _ask(
         self,
@@ -126,6 +131,43 @@ class Batch:
             _record(item, arm, outcome, len(sent.blobs[row]), sent.bits(row), str(sent.plans[row]))
             for item, outcome, row in zip(self.items, outcomes, rows, strict=True)
         ]
+
+    def _ask_fused(self, link: FusedLink, arm: Arm) -> list[Record]:
+        fusion = link.own if arm.kind == "self" and link.own is not None else link.fusion
+        own = self._fused_read(fusion, wrong=False)
+        blobs, plans = own.send(arm)
+        received = [fusion.receiver.unpack(0, blob) for blob in blobs]
+        if arm.kind == "zeroed":
+            received = [replace(prefix, layers=_zeros(prefix)) for prefix in received]
+        if arm.kind == "wrong":
+            blobs, plans = self._fused_read(fusion, wrong=True).send(arm)
+            others = [fusion.receiver.unpack(0, blob) for blob in blobs]
+            received = [_in_place_of(*both) for both in zip(received, others, strict=True)]
+        last, placed = fusion.receiver.fuse(own.prompts, [received])
+        outcomes = self.protocol.answer(fusion.receiver.lm, self.items, last, placed, self.settings.temperature)
+        sizes = zip(self.items, outcomes, blobs, own.tokens, plans, strict=True)
+        return [
+            _record(item, arm, outcome, len(blob), own.sharer.bits(blob, tokens), str(plan))
+            for item, outcome, blob, tokens, plan in sizes
+        ]
+
+    def _fused_read(self, fusion: Fusion, wrong: bool) -> _FusedRead:
+        key = (id(fusion), wrong)
+        if key not in self._fused:
+            sharer, lm = fusion.sharers[0], fusion.receiver.lm
+            both = [self.protocol.fused_prompts(sharer.side.lm, lm, item) for item in self.items]
+            read = [
+                self.protocol.fused_prompts(sharer.side.lm, lm, self._other(item)) if wrong else pair
+                for item, pair in zip(self.items, both, strict=True)
+            ]
+            self._fused[key] = _FusedRead(sharer, [theirs for theirs, _ in read], [ours for _, ours in both])
+        return self._fused[key]
+
+    def _other(self, item: Item) -> Item:
+        """The question about another text, or another question."""
+        if isinstance(item, Passage):
+            return item.model_copy(update={"context": self.following[item.context]})
+        return self.others[item.id]
 
     def _packets(self, arm: Arm) -> _Sent:
         """The packets of every context as an arm sends them; the last ones are kept for the arms that send the same."""
@@ -189,6 +231,23 @@ class _Read:
         return _Sent(self, self.sharer.encode_rows(self.cache, plans), plans, arm.gaps)
 
 
+class _FusedRead:
+    """Prompts that a sharer has read once, for all arms."""
+
+    def __init__(self, sharer: FusedSharer, theirs: Sequence[Prompt], prompts: Sequence[Prompt]) -> None:
+        self.sharer, self.theirs, self.prompts = sharer, theirs, prompts
+        self.cache = sharer.read(*theirs)
+        self.tokens = self.cache.length
+
+    def send(self, arm: Arm) -> tuple[list[memoryview], list[Plan]]:
+        """A packet of each, and how it was packed."""
+        if arm.budget is None:
+            plans = [self.sharer.plan(self.cache, None, arm.plan)] * self.cache.batch
+        else:
+            plans = [self.sharer.plan(row, arm.budget, arm.plan) for row in self.cache.rows()]
+        return self.sharer.encode_rows(self.theirs, self.cache, plans), plans
+
+
 @dataclass(frozen=True)
 class _Sent:
     """Packets on the wire.
@@ -223,6 +282,22 @@ def _zeros(prefix: Prefix) -> Iterator[LayerCache]:
         kv_heads, head_dim = layer.shape
         nothing = torch.zeros(1, kv_heads, layer.positions.shape[1], head_dim)
         yield LayerCache(nothing, nothing, layer.positions)
+
+
+def _in_place_of(own: Prefix, other: Prefix) -> Prefix:
+    """Another prompt's tokens where those of this one lie, spread evenly over them."""
+
+    def layers() -> Iterator[LayerCache]:
+        for mine, theirs in zip(own.layers, other.layers, strict=True):
+            wanted, held = mine.positions.shape[1], theirs.positions.shape[1]
+            keys = torch.empty(1, theirs.shape[0], held, theirs.shape[1])
+            values = torch.empty_like(keys)
+            theirs.keys_into(keys)
+            theirs.values_into(values)
+            columns = torch.arange(wanted) * held // max(wanted, 1)
+            yield LayerCache(keys[:, :, columns], values[:, :, columns], mine.positions)
+
+    return replace(own, layers=layers())
 
 
 def _record(

@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from kvtalk.adapters.fusing import Prompt, chat_prompt, prompt_of
 from kvtalk.errors import InputError
 from kvtalk.evaluation.data import Choice, Item, Passage
 from kvtalk.evaluation.letters import read_as_published, read_strictly
@@ -84,6 +85,10 @@ class Protocol(ABC):
         """Tokens of the question, after a text that helps if there is one."""
 
     @abstractmethod
+    def fused_prompts(self, sharer: LM, receiver: LM, item: Item) -> tuple[Prompt, Prompt]:
+        """What both models read of one item where their caches are fused."""
+
+    @abstractmethod
     def relay_prompt(self, side: Receiver, item: Item) -> list[int]:
         """Tokens that ask a sharer to write down what helps."""
 
@@ -131,6 +136,12 @@ class Free(Protocol):
 
     def prompt(self, side: Receiver, item: Item, background: str | None) -> list[int]:
         return (side.lm.encode(background) if background else []) + side.prompt(item.question)
+
+    def fused_prompts(self, sharer: LM, receiver: LM, item: Item) -> tuple[Prompt, Prompt]:
+        """The sharer reads the context, the receiver the question alone."""
+        assert isinstance(item, Passage)
+        theirs = prompt_of(sharer.prompt, item.question, item.context)
+        return theirs, prompt_of(receiver.prompt, item.question)
 
     def relay_prompt(self, side: Receiver, item: Item) -> list[int]:
         assert isinstance(item, Passage)
@@ -210,6 +221,11 @@ class Letter(Choosing):
             turns = [BACKGROUND_PROMPT.format(question=item.question), background, *turns]
         return _begun(side.lm, render(side.lm.tokenizer, turns))
 
+    def fused_prompts(self, sharer: LM, receiver: LM, item: Item) -> tuple[Prompt, Prompt]:
+        assert isinstance(item, Choice)
+        turn = LETTER_PROMPT.format(question=item.question, choices=options(item))
+        return chat_prompt(sharer.tokenizer, turn), chat_prompt(receiver.tokenizer, turn)
+
     def answer(
         self,
         lm: LM,
@@ -264,6 +280,11 @@ class Likelihood(Choosing):
         before, after = self.task.question_prompt
         text = f"{before}{item.question}{after}"
         return _begun(side.lm, text if background is None else f"{background}\n\n{text}")
+
+    def fused_prompts(self, sharer: LM, receiver: LM, item: Item) -> tuple[Prompt, Prompt]:
+        before, after = self.task.question_prompt
+        prompt = Prompt("", f"{before}{item.question}{after}")
+        return prompt, prompt
 
     def answer(
         self,

@@ -31,6 +31,7 @@ from kvtalk.evaluation.metrics import METRICS
 from kvtalk.evaluation.protocols import Protocol
 from kvtalk.evaluation.statistics import binomial_test
 from kvtalk.evaluation.summary import plan_from, read_records, summarize, write_summary
+from kvtalk.fusion import FusedLink
 from kvtalk.link import Link, Receiver
 
 
@@ -68,7 +69,14 @@ def run(
     check_arms(protocol, items, arms)
     if any(arm.kind in TRANSFERS for arm in arms):
         link.check()
-    if link.card is not None and any(arm.kind == "self" for arm in arms):
+    fused = isinstance(link, FusedLink)
+    if fused != any(arm.kind == "fused" for arm in arms) and any(arm.kind in TRANSFERS for arm in arms):
+        raise InputError("the arm fused needs a fuser, and a fuser the arm fused: give --fuser and --arms fused,...")
+    if isinstance(link, FusedLink) and link.own is None and any(arm.kind == "self" for arm in arms):
+        raise InputError(
+            "the arm self needs a fuser that was trained with the receiver as its own sharer: --self-fuser"
+        )
+    if not fused and link.card is not None and any(arm.kind == "self" for arm in arms):
         raise InputError("the arm self of a translator is a run of its own: the receiver as its own sharer, adapter")
     manifest = folder.describe(link, protocol, items, sorted(too_long), arms, settings)
     with folder.claimed(out, manifest):
@@ -140,18 +148,20 @@ def check_arms(protocol: Protocol, items: Sequence[Item], arms: Sequence[Arm]) -
             without scipy, which their test needs.
     """
     task = protocol.task
-    contexts = {item.context for item in items if isinstance(item, Passage)}
+    contexts = {item.context if isinstance(item, Passage) else item.question for item in items}
     if len(contexts) == 1 and any(arm.kind == "wrong" for arm in arms):
         raise InputError("the wrong-cache control needs at least two different contexts: take more items")
     if any(arm.kind in DESTROYED for arm in arms):
         binomial_test()
     if len({arm.name for arm in arms}) != len(arms):
         raise InputError("an arm is listed twice")
+    fused = any(arm.kind == "fused" for arm in arms)
     for arm in arms:
-        if not task.has_context and arm.kind not in ("receiver", "sharer", "relay", "routing"):
+        alone = arm.kind in ("receiver", "sharer", "relay", "routing")
+        if not task.has_context and not alone and not (fused and arm.kind in TRANSFERS):
             raise InputError(
                 f"{task.name} has no context that the sharer could read for the receiver, so there is no arm "
-                f"{arm.kind!r}; use receiver, sharer, relay, routing"
+                f"{arm.kind!r}; use receiver, sharer, relay, routing, or with a fuser fused, wrong, zeroed, self"
             )
 
 
@@ -171,8 +181,9 @@ def _batches(link: Link, protocol: Protocol, items: Sequence[Item], settings: Se
     ordered = sorted(items, key=_length)
     contexts = list(dict.fromkeys(item.context for item in ordered if isinstance(item, Passage)))
     following = dict(zip(contexts, contexts[1:] + contexts[-2:-1], strict=False))
+    others = {item.id: other for item, other in zip(ordered, ordered[1:] + ordered[-2:-1], strict=False)}
     for start in range(0, len(ordered), settings.batch):
-        yield Batch(link, protocol, ordered[start : start + settings.batch], following, settings)
+        yield Batch(link, protocol, ordered[start : start + settings.batch], following, settings, others)
 
 
 def _length(item: Item) -> tuple[int, str, int]:

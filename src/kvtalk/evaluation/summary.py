@@ -94,8 +94,8 @@ def plan_from(fields: Mapping[str, Any] | None) -> Plan | None:
 def summarize(records: Iterable[Record], arms: Sequence[Arm], metrics: Sequence[str], count: int) -> dict[str, Any]:
     """Figures per arm: means with 95% bootstrap intervals, and paired differences in the leading metric.
 
-    ``gain`` is the figure minus that of the better destroyed cache, wrong or zeroed, sent in the same way: what the
-    sharer bought. It stands only where both were run.
+    ``gain`` is the figure minus that of the better destroyed cache, wrong or zeroed, sent in the same way, or for a
+    fuser of the best of these and self: what the sharer bought. It stands only where all were run.
 
     Raises:
         InputError: records are missing.
@@ -202,11 +202,14 @@ def _columns(records: Iterable[Record], arms: Sequence[Arm], metrics: Sequence[s
 
 
 def _control(arm: Arm, arms: Sequence[Arm], columns: Mapping[str, Mapping[str, list[Any]]], lead: str) -> str | None:
-    """The better of the destroyed caches that were sent the same way; None unless both were."""
-    if arm.kind not in ("cache", "self"):
+    """The better of the destroyed caches that were sent the same way, for a fuser also the receiver's own cache in the
+    sharer's place; None unless all of them were."""
+    fused = any(other.kind == "fused" for other in arms)
+    if arm.kind not in (("fused",) if fused else ("cache", "self")):
         return None
-    names = [other.name for other in arms if other.kind in DESTROYED and other.way == arm.way]
-    if len(names) < len(DESTROYED):
+    needed = (*DESTROYED, "self") if fused else DESTROYED
+    names = [other.name for other in arms if other.kind in needed and other.way == arm.way]
+    if len(names) < len(needed):
         return None
     return max(names, key=lambda name: sum(columns[name][lead]))
 

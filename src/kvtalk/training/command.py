@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
 
 app = typer.Typer(no_args_is_help=True, help="Fit adapters between two models.")
 out = Console()
+
+_FUSER_PARAMETERS = 27_000_000
+"""A tenth of the official size for the bundled pair; 14 MB in NF4."""
 
 DataOption = Annotated[
     list[str],
@@ -55,7 +59,7 @@ def translator(
     """
     from accelerate import PartialState
 
-    from kvtalk.adapters.store import Party, save_translator
+    from kvtalk.adapters.store import Party, save_adapter
     from kvtalk.adapters.translator import Geometry, Translator
     from kvtalk.models import LM
     from kvtalk.training.batches import Recipe
@@ -78,7 +82,7 @@ def translator(
     )
     pack = None if packing == "bf16" else packing
     with tempfile.TemporaryDirectory() as scratch:  # what cannot be saved is found before it is trained
-        save_translator(Translator(geometry), *parties, Path(scratch), pack)
+        save_adapter(Translator(geometry), *parties, Path(scratch), pack)
     recipe = Recipe(
         schedule=Schedule(steps=steps, rate=rate, optimizer=optimizer),
         tokens=tokens,
@@ -94,9 +98,98 @@ def translator(
     facts = {"data": [Path(name).name for name in data], "steps": steps}
     if not run.accelerator.is_main_process:
         return
-    save_translator(made, *parties, out_folder, pack, facts)
+    save_adapter(made, *parties, out_folder, pack, facts)
     out.print(
         f"next: kvtalk eval --task squad --sharer {sharer} --receiver {receiver} --adapter {out_folder}",
+        highlight=False,
+    )
+
+
+@app.command()
+def fuser(
+    sharer: Annotated[str, typer.Option("--sharer", "-s", help="Model that lends its cache.")],
+    receiver: Annotated[str, typer.Option("--receiver", "-r", help="Model that answers.")],
+    data: Annotated[
+        list[str],
+        typer.Option(
+            "--data",
+            "-d",
+            help="What to learn: .jsonl, also .gz, or a hub data set; rows with prompt and response; with question, "
+            "choices and answer (index of the right one); or with context, question and answers, where only the sharer "
+            "reads the context. Repeat for several.",
+        ),
+    ],
+    out_folder: Annotated[Path, typer.Option("--out", "-o", help="Folder for checkpoints, log and the fuser.")],
+    steps: Annotated[int, typer.Option(min=10, help="Optimizer steps.")] = 1500,
+    rows: Annotated[int, typer.Option(min=4, help="Prompts in a step.")] = 96,
+    rate: Annotated[float, typer.Option(help="Learning rate at its peak.")] = 5e-4,
+    hidden: Annotated[
+        int | None, typer.Option(min=16, help="Width of a layer's network; by default what 27 million parameters give.")
+    ] = None,
+    layers: Annotated[str, typer.Option(help="Which sharer layer for which: terminal or normalised.")] = "terminal",
+    alignment: Annotated[str, typer.Option(help="Which sharer token for which: coverage, first or last.")] = "coverage",
+    projects: Annotated[bool, typer.Option("--c2c-c", help="Project the sharer's vectors before both meet.")] = False,
+    residual: Annotated[bool, typer.Option(help="Add to the receiver's own cache, or take its place.")] = True,
+    gated: Annotated[bool, typer.Option(help="A switch for each layer's keys and values.")] = True,
+    weighted: Annotated[bool, typer.Option(help="A weight for each token and head.")] = True,
+    codec: Annotated[
+        str | None, typer.Option(help="Pack the sharer's cache so in every step, such as int4 or int8:channel.")
+    ] = None,
+    keep: Annotated[float, typer.Option(min=0.001, max=1, help="Share of its tokens to keep in every step.")] = 1.0,
+    policy: Annotated[str, typer.Option(help="Token policy for that.")] = "value_norm",
+    packing: Annotated[str, typer.Option(help="Codec of the saved matrices; bf16 for none.")] = "nf4:1x64",
+    check_every: Annotated[int, typer.Option(min=1, help="Steps between validations and checkpoints.")] = 250,
+    seed: Annotated[int, typer.Option(help="Of everything drawn.")] = 0,
+) -> None:
+    """Train a fuser: both models read a prompt, and the sharer's cache enriches the receiver's.
+
+    Both models stay frozen. A stopped run goes on from its last checkpoint when the same command is given again.
+    """
+    from accelerate import PartialState
+
+    from kvtalk.adapters.fuser import Fuser, FuserGeometry, Shape, narrowed
+    from kvtalk.adapters.store import Party, save_adapter
+    from kvtalk.alignment.layers import layer_map
+    from kvtalk.models import LM
+    from kvtalk.training.exchanges import Exchanges, Mixture
+    from kvtalk.training.fuser import FuserRecipe, training
+    from kvtalk.training.loop import Schedule
+
+    exchanges = Exchanges.load(data)
+    with out.status("loading ..."):
+        device = str(PartialState().device)
+        reads = LM.load(sharer, device=device)
+        answers = reads if receiver == sharer else LM.load(receiver, device=device)
+    parties = (Party(reads.name, reads.spec.fingerprint), Party(answers.name, answers.spec.fingerprint))
+    shapes = Shape.of(reads.spec), Shape.of(answers.spec)
+    mapped = layer_map(shapes[0].layers, shapes[1].layers, layers)
+    geometry = FuserGeometry(
+        *shapes, mapped, projects=projects, residual=residual, gated=gated, weighted=weighted, alignment=alignment
+    )
+    if hidden is None:
+        geometry = narrowed(geometry, _FUSER_PARAMETERS)
+    else:
+        geometry = replace(geometry, hidden=hidden, middle=hidden)
+    pack = None if packing == "bf16" else packing
+    with tempfile.TemporaryDirectory() as scratch:  # what cannot be saved is found before it is trained
+        save_adapter(Fuser(geometry), *parties, Path(scratch), pack)
+    plan = None if codec is None and keep == 1 else f"{codec or 'bf16'} {policy}@{100 * keep:g}%"
+    recipe = FuserRecipe(
+        schedule=Schedule(steps=steps, rate=rate, optimizer="adamw"),
+        mixture=Mixture(rows=rows),
+        plan=plan,
+        packing=pack,
+        seed=seed,
+    )
+    run = training(reads, answers, exchanges, geometry, recipe, out_folder)
+    made = _go(run, steps, check_every)
+    if not run.accelerator.is_main_process:
+        return
+    facts = {"data": [Path(name).name for name in data], "steps": steps, "plan": plan}
+    save_adapter(made, *parties, out_folder, pack, facts)
+    out.print(
+        f"next: kvtalk eval --task arc_easy --receiver {receiver} --fuser {out_folder} "
+        "--arms receiver,sharer,fused,wrong,zeroed",
         highlight=False,
     )
 

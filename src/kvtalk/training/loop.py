@@ -26,6 +26,8 @@ from kvtalk.errors import CodecError, TrainingError
 
 CHECKPOINT = "checkpoint.pt"
 LOG = "log.jsonl"
+FASTER = "faster"
+"""Attribute of a parameter: by how much its learning rate is above the others'."""
 
 
 @dataclass(frozen=True)
@@ -281,7 +283,10 @@ def _optimizers(module: nn.Module, schedule: Schedule) -> list[torch.optim.Optim
     rest = [parameter for parameter in trained if parameter.dim() != 2]
     options: dict[str, Any] = {"lr": schedule.rate, "weight_decay": schedule.decay}
     if schedule.optimizer == "adamw":
-        return [torch.optim.AdamW([*matrices, *rest], betas=(0.9, 0.95), **options)]
+        faster = [parameter for parameter in trained if hasattr(parameter, FASTER)]
+        usual = [parameter for parameter in trained if not hasattr(parameter, FASTER)]
+        groups = [{"params": usual}, *({"params": [one], "scale": getattr(one, FASTER)} for one in faster)]
+        return [torch.optim.AdamW(groups, betas=(0.9, 0.95), **options)]
     if schedule.optimizer == "muon":
         groups = [
             {"params": [matrix], "scale": 5 * min(1.0, matrix.shape[0] / matrix.shape[1]) ** 0.5} for matrix in matrices

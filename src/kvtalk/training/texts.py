@@ -54,7 +54,7 @@ class Texts:
         Raises:
             TrainingError: not found, unreadable, rows of another form, or too little text.
         """
-        return cls.of([row for name in names for row in _rows(name)])
+        return cls.of([row for name in names for row in rows_of(name)])
 
     @classmethod
     def of(cls, rows: Iterable[dict[str, Any]]) -> Texts:
@@ -130,10 +130,7 @@ def _last(items: Sequence[str], share: float) -> Sequence[str]:
 
 def _read(row: dict[str, Any], number: int) -> Question | str:
     if row.keys() >= {"context", "question", "answers"}:
-        answers = _answers(row["answers"])
-        if answers and all(isinstance(text, str) and text.strip() for text in (row["context"], row["question"])):
-            return Question(row["context"], row["question"], answers)
-        raise TrainingError(f"row {number}: context, question and at least one answer must be texts that are not empty")
+        return question_in(row, number)
     for names in (("prompt", "response"), ("text",)):
         if row.keys() >= set(names):
             texts = [row[name] for name in names]
@@ -143,6 +140,18 @@ def _read(row: dict[str, Any], number: int) -> Question | str:
     raise TrainingError(f"row {number} has {', '.join(map(str, row))}; expected {_USAGE}")
 
 
+def question_in(row: dict[str, Any], number: int) -> Question:
+    """A row with context, question and answers.
+
+    Raises:
+        TrainingError: they are no texts, or empty.
+    """
+    answers = _answers(row["answers"])
+    if answers and all(isinstance(text, str) and text.strip() for text in (row["context"], row["question"])):
+        return Question(row["context"], row["question"], answers)
+    raise TrainingError(f"row {number}: context, question and at least one answer must be texts that are not empty")
+
+
 def _answers(given: Any) -> tuple[str, ...]:
     """Texts of answers: one, a list of them, or SQuAD's own form; nothing if it is something else."""
     listed = given.get("text") if isinstance(given, dict) else [given] if isinstance(given, str) else given
@@ -150,7 +159,12 @@ def _answers(given: Any) -> tuple[str, ...]:
     return found if all(isinstance(text, str) and text.strip() for text in found) else ()
 
 
-def _rows(name: str) -> Iterable[dict[str, Any]]:
+def rows_of(name: str) -> Iterable[dict[str, Any]]:
+    """The rows of a file or of a hub data set.
+
+    Raises:
+        TrainingError: not found or unreadable.
+    """
     path = Path(name)
     if not path.exists():
         return _hub_rows(name)

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from kvtalk.adapters.translator import Geometry, Translator, squeezed
 from kvtalk.adapters.vectors import from_vectors, to_vectors
 from kvtalk.cache import PADDING, KVCache
-from kvtalk.codecs import codec
 from kvtalk.device import sent
 from kvtalk.models import LM
 from kvtalk.placement import PlacedCache, PlacedLayer
@@ -29,6 +28,7 @@ from kvtalk.training.batches import Batch, Batches, Recipe
 from kvtalk.training.linear import begin_linear
 from kvtalk.training.loop import Loop, weights_of
 from kvtalk.training.losses import token_losses
+from kvtalk.training.rounding import rounded
 from kvtalk.training.texts import Texts
 
 KEPT_BACK = 0.03
@@ -147,18 +147,9 @@ class Translation:
     def during(self, module: nn.Module, step: int) -> Iterator[None]:
         """In the last steps matrices are as the adapter's file will hold them; their gradients move the exact ones."""
         recipe = self.recipe
-        if recipe.packing is None or step < (1 - recipe.packed) * recipe.schedule.steps:
+        late = step >= (1 - recipe.packed) * recipe.schedule.steps
+        with rounded(module, recipe.packing if late else None):
             yield
-            return
-        exact = [(parameter, parameter.data) for parameter in module.parameters() if parameter.dim() > 1]
-        for parameter, data in exact:
-            flat = data.reshape(1, -1, data.shape[-1])
-            parameter.data = codec(recipe.packing).simulated(flat).view_as(data)
-        try:
-            yield
-        finally:
-            for parameter, data in exact:
-                parameter.data = data
 
     @torch.no_grad()
     def measure(self, module: nn.Module) -> dict[str, float]:

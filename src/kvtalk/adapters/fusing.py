@@ -1,0 +1,444 @@
+"""A fuser at work: the sharer's side says which of its tokens may cross, the receiver's side adds them to its own.
+
+Both models read the same text, each in its own tokens and with its own words around it. Only the text's tokens are
+aligned; what stands around it stays as the receiver alone would have it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import xxhash
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from kvtalk.adapters.fuser import Fuser, FuserGeometry
+from kvtalk.adapters.halves import beside, tokenizer_of
+from kvtalk.adapters.store import Card, load_fuser, read_card
+from kvtalk.alignment.tokens import NONE, Tokenized, align, tokenize
+from kvtalk.cache import PADDING, KVCache, LayerCache, Prefix
+from kvtalk.codecs import NOTHING
+from kvtalk.device import sent
+from kvtalk.errors import AdapterError, AlignmentError, InputError, PacketError
+from kvtalk.loading import bos
+from kvtalk.models import LM
+from kvtalk.placement import PlacedCache, PlacedLayer, place
+from kvtalk.planning import Plan
+from kvtalk.prompts import PromptFormat, render
+from kvtalk.rope import rotate_layers
+from kvtalk.spec import LayerSpec, ModelSpec, tokenizer_digest
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What one model reads.
+
+    Attributes:
+        before: only this model reads it; its BOS comes first where its tokenizer adds one.
+        shared: the text that both models read.
+        after: only this model reads it.
+    """
+
+    before: str
+    shared: str
+    after: str = ""
+
+
+def text_digest(text: str) -> str:
+    """By which a packet says what was read; xxh3 in hex."""
+    return str(xxhash.xxh3_64_hexdigest(text.encode()))
+
+
+def prompt_of(form: PromptFormat, question: str, context: str = "") -> Prompt:
+    """A question in the words that a model puts around it.
+
+    The space before the question belongs to what is shared: parted from its word it would be another token.
+
+    Args:
+        form: the model's.
+        question: read by both models.
+        context: read by this one alone.
+    """
+    before = f"{form.head}{context}{form.before_question}"
+    return Prompt(before.removesuffix(" "), f" {question}", form.after_question)
+
+
+def chat_prompt(tokenizer: PreTrainedTokenizerBase, turn: str) -> Prompt:
+    """A user's turn in a model's chat template, where it has one.
+
+    Raises:
+        AlignmentError: a template that changes the turn.
+    """
+    before, found, after = render(tokenizer, [turn]).rpartition(turn)
+    if not found:
+        raise AlignmentError("the chat template changes what the user says: such prompts cannot be aligned")
+    return Prompt(before, turn, after)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Aligned tokens of a batch of prompts, one entry each.
+
+    Attributes:
+        rows: number of the prompt.
+        ours: index of the receiver's token in its prompt.
+        theirs: index of the sharer's token in the shared text.
+    """
+
+    rows: Tensor
+    ours: Tensor
+    theirs: Tensor
+
+    def at(self, where: Tensor) -> Pairs:
+        """Some of them."""
+        return Pairs(self.rows[where], self.ours[where], self.theirs[where])
+
+
+class SharerSide:
+    """Reads the prompts; holds the receiver's tokenizer and nothing else of the receiver.
+
+    Attributes:
+        card: of the fuser.
+        lm: the sharer.
+    """
+
+    def __init__(self, card: Card, fuser: Fuser, lm: LM, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Put a fuser's knowledge of what it reads beside the sharer.
+
+        Args:
+            card: of the fuser.
+            fuser: says which layers are read.
+            lm: the sharer.
+            tokenizer: the receiver's.
+
+        Raises:
+            AdapterError: the sharer or the tokenizer is not the one that the fuser was trained with, or nothing of it
+                is open.
+        """
+        card.check("sharer", lm.spec)
+        card.check_tokenizer(tokenizer)
+        self.card, self.lm, self.tokenizer = card, lm, tokenizer
+        self.geometry = geometry_of(card)
+        self.layers = fuser.sharer_layers
+        if not self.layers:
+            raise AdapterError("every gate of this fuser is closed: it adds nothing")
+        self.spec = wire_spec(card, lm.spec)
+
+    @torch.no_grad()
+    def read(self, prompts: Sequence[Prompt]) -> KVCache:
+        """The cache of the aligned tokens in the layers that the fuser reads; other layers are empty.
+
+        Positions count the sharer's tokens of the shared text from 0.
+
+        Raises:
+            AlignmentError: no token of the receiver's overlaps any of the sharer's.
+        """
+        shared = [prompt.shared for prompt in prompts]
+        theirs, ours = tokenize(self.lm.tokenizer, shared), tokenize(self.tokenizer, shared)
+        before = [bos(self.lm.tokenizer) + self.lm.encode(prompt.before) for prompt in prompts]
+        cache, _ = self.lm.read_whole([lead + one.ids for lead, one in zip(before, theirs, strict=True)])
+        wanted = torch.full((len(prompts), max(cache.length)), PADDING)
+        for row, (lead, one, other) in enumerate(zip(before, theirs, ours, strict=True)):
+            chosen = torch.from_numpy(align(one, other, self.geometry.alignment))
+            chosen = torch.unique(chosen[chosen != NONE])
+            if not len(chosen):
+                raise AlignmentError("no token of the receiver overlaps one of the sharer: is the prompt empty?")
+            wanted[row, chosen + len(lead)] = chosen
+        layers = bare_layers(cache, self.lm.spec, self.geometry, self.layers)
+        nothing = torch.zeros(len(prompts), 0, dtype=torch.long)
+        empty = LayerCache(layers[self.layers[0]].keys[:, :, :0], layers[self.layers[0]].values[:, :, :0], nothing)
+        held = tuple(
+            replace(layers[index], positions=wanted) if index in layers else empty
+            for index in range(len(self.lm.spec.layers))
+        )
+        return KVCache(held, tuple(len(one.ids) for one in theirs))
+
+    def plan(self, plan: Plan | None) -> Plan:
+        """What of a plan applies here: codecs and tokens; which layers cross, and how keys lie, the fuser says.
+
+        Raises:
+            AdapterError: a plan for latents, or with layers of its own.
+        """
+        plan = plan or Plan()
+        if plan.width is not None or NOTHING in (plan.keys, plan.values) or plan.layers != "all":
+            raise AdapterError(f"plan {plan}: a fuser chooses the layers itself; use CODEC [POLICY@KEEP]")
+        return replace(plan, rope=self.geometry.rope)
+
+
+class ReceiverSide:
+    """Adds what was received to the receiver's own cache of the same text.
+
+    Attributes:
+        card: of the fuser.
+        lm: the receiver.
+        spec: of the packets that it takes.
+    """
+
+    def __init__(self, card: Card, fuser: Fuser, lm: LM, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Put a fuser beside the receiver.
+
+        Args:
+            card: of the fuser.
+            fuser: trained.
+            lm: the receiver.
+            tokenizer: the sharer's.
+
+        Raises:
+            AdapterError: the receiver or the tokenizer is not the one that the fuser was trained with.
+        """
+        card.check("receiver", lm.spec)
+        if tokenizer_digest(tokenizer) != card.sharer.fingerprint.tokenizer:
+            raise AdapterError(f"the receiver needs the tokenizer of {card.sharer.name}, this is another one")
+        self.card, self.lm, self.tokenizer = card, lm, tokenizer
+        self.geometry = geometry_of(card)
+        self.fuser = beside(fuser.opened(), lm)
+        self.spec = wire_spec(card, replace(lm.spec, fingerprint=card.sharer.fingerprint))
+
+    def additions(self, own: Own, prompts: Sequence[Prompt], prefixes: Sequence[Prefix]) -> list[Addition]:
+        """What the received caches add to the receiver's own, in the layers whose gates are open.
+
+        Args:
+            own: the receiver's cache of the prompts.
+            prompts: what the receiver reads.
+            prefixes: what each prompt's packet holds.
+
+        Raises:
+            PacketError: a packet that was not made for a fuser.
+            InputError: the sharer read another text.
+        """
+        theirs = tokenize(self.tokenizer, [prompt.shared for prompt in prompts])
+        for prompt, one, prefix in zip(prompts, theirs, prefixes, strict=True):
+            if prefix.rotated != (self.geometry.rope == "after") or prefix.text is None:
+                raise PacketError("text", "a cache to be put before a prompt, not one for this fuser")
+            if prefix.text != text_digest(prompt.shared):
+                raise InputError("sharer and receiver read different texts: give both the same text")
+            if prefix.length != len(one.ids):
+                raise InputError(
+                    f"the sharer read {prefix.length} tokens, the receiver's text has {len(one.ids)} of them: "
+                    "give both the same text"
+                )
+        pairs = paired(theirs, own.shared, own.begins, own.lengths, self.geometry.alignment)
+        received = place(self.spec, None, [[prefix] for prefix in prefixes], room=0, device=self.lm.device).to_cache()
+        columns = {layer: _columns(received.layers[layer].positions, pairs) for layer in self.fuser.sharer_layers}
+        held = torch.zeros(len(pairs.rows), dtype=torch.bool)
+        for where in columns.values():
+            held |= where >= 0
+        pairs, columns = pairs.at(held), {layer: where[held] for layer, where in columns.items()}
+        if not len(pairs.rows) or not self.fuser.slots:
+            return []
+        slots = [(self.geometry.layers[slot // 2], slot % 2) for slot in self.fuser.slots]
+        there = {layer: sent(where, self.lm.device) for layer, where in columns.items()}
+        vectors = torch.stack(
+            [taken(received.layers[layer], kind, pairs.rows, there[layer].clamp(min=0)) for layer, kind in slots]
+        )
+        missing = torch.stack([there[layer] < 0 for layer, _ in slots])
+        added = self.fuser(vectors, own.vectors(pairs, self.fuser.slots, self.geometry.rope))
+        added = added.masked_fill(missing[:, :, None], 0)
+        return [Addition(pairs, self.fuser.slots, added, self.geometry.rope)]
+
+
+@dataclass(frozen=True)
+class Addition:
+    """What one sharer adds.
+
+    Attributes:
+        pairs: to which tokens.
+        slots: to which layers' keys or values.
+        added: ``[slots, tokens, width]``.
+        rope: whether keys among it are to be rotated (``before``) or lie as the model holds them.
+    """
+
+    pairs: Pairs
+    slots: Sequence[int]
+    added: Tensor
+    rope: str
+
+
+class Own:
+    """The receiver's own cache of prompts, but for the last token of each, which is read after fusing.
+
+    Attributes:
+        shared: the shared text in the receiver's tokens, of each prompt.
+        begins: index of its first token in the prompt.
+        lengths: tokens of the prompt that the cache holds.
+        last: the token of each prompt that is not read yet.
+    """
+
+    def __init__(self, lm: LM, prompts: Sequence[Prompt]) -> None:
+        """Read prompts.
+
+        Raises:
+            InputError: one of fewer than two tokens.
+        """
+        self.lm = lm
+        self.shared = tokenize(lm.tokenizer, [prompt.shared for prompt in prompts])
+        ids = [
+            (bos(lm.tokenizer) + lm.encode(prompt.before), one.ids, lm.encode(prompt.after))
+            for prompt, one in zip(prompts, self.shared, strict=True)
+        ]
+        self.begins = [len(before) for before, _, _ in ids]
+        whole = [[*before, *shared, *after] for before, shared, after in ids]
+        if min(map(len, whole)) < 2:
+            raise InputError("the prompt is too short to be fused: it needs two tokens at least")
+        self.last = [row[-1:] for row in whole]
+        self.lengths = [len(row) - 1 for row in whole]
+        self.cache, _ = lm.read_whole([row[:-1] for row in whole])
+
+    def vectors(self, pairs: Pairs, slots: Sequence[int], rope: str) -> Tensor:
+        """Its keys and values of some tokens, ``[slots, tokens, width]``."""
+        return own_vectors(self.cache, self.lm.spec, pairs, slots, rope)
+
+    def placed(self, additions: Sequence[Addition]) -> PlacedCache:
+        """The cache with what sharers add, ready for the last token."""
+        layers = [(layer.keys, layer.values) for layer in self.cache.layers]
+        for addition in additions:
+            layers = enriched(layers, self.lm.spec, addition)
+        held = [PlacedLayer(keys, values, keys.shape[2]) for keys, values in layers]
+        ends = torch.tensor(self.lengths, device=self.lm.device)
+        return PlacedCache(held, [layer.positions for layer in self.cache.layers], ends, self.lm.spec)
+
+
+def paired(
+    sharer: Sequence[Tokenized],
+    receiver: Sequence[Tokenized],
+    begins: Sequence[int],
+    lengths: Sequence[int],
+    strategy: str,
+) -> Pairs:
+    """Which sharer token stands for which receiver token, in a batch of prompts.
+
+    Args:
+        sharer: the shared texts in its tokens.
+        receiver: in its tokens.
+        begins: where those begin in each prompt of the receiver.
+        lengths: tokens of each prompt that are fused at most.
+        strategy: see :data:`kvtalk.alignment.tokens.STRATEGIES`.
+    """
+    rows, ours, theirs = [], [], []
+    for row, (one, other, begin, length) in enumerate(zip(sharer, receiver, begins, lengths, strict=True)):
+        index = torch.from_numpy(align(one, other, strategy))[: length - begin]
+        there = (index != NONE).nonzero()[:, 0]
+        rows.append(torch.full_like(there, row))
+        ours.append(there + begin)
+        theirs.append(index[there])
+    return Pairs(torch.cat(rows), torch.cat(ours), torch.cat(theirs))
+
+
+def bare_layers(
+    cache: KVCache, spec: ModelSpec, geometry: FuserGeometry, wanted: Sequence[int]
+) -> dict[int, LayerCache]:
+    """Some layers of a cache that was read with :meth:`kvtalk.models.LM.read_whole`, keys as the fuser takes them."""
+    layers = [cache.layers[index] for index in wanted]
+    keys = [layer.keys for layer in layers]
+    if geometry.rope == "before":
+        steps = sent(torch.arange(keys[0].shape[2]), keys[0].device)
+        keys = rotate_layers(keys, [spec.layers[index].rope for index in wanted], steps, inverse=True)
+    return {index: replace(layer, keys=one) for index, layer, one in zip(wanted, layers, keys, strict=True)}
+
+
+def taken(layer: LayerCache, kind: int, rows: Tensor, columns: Tensor) -> Tensor:
+    """Keys (0) or values (1) of some tokens, all heads one after the other, ``[tokens, width]``."""
+    tensor = (layer.keys, layer.values)[kind].transpose(1, 2)
+    return tensor[sent(rows, tensor.device), sent(columns, tensor.device)].flatten(1)
+
+
+def own_vectors(cache: KVCache, spec: ModelSpec, pairs: Pairs, slots: Sequence[int], rope: str) -> Tensor:
+    """Keys and values of some tokens of a cache from position 0 on, ``[slots, tokens, width]``."""
+    found: dict[int, Tensor] = {
+        slot: taken(cache.layers[slot // 2], slot % 2, pairs.rows, pairs.ours) for slot in slots
+    }
+    keys = [slot for slot in slots if slot % 2 == 0]
+    if rope == "before" and keys:
+        turned = _turned(found, keys, spec, pairs.ours, inverse=True)
+        found.update(zip(keys, turned, strict=True))
+    return torch.stack([found[slot] for slot in slots])
+
+
+def enriched(
+    layers: Sequence[tuple[Tensor, Tensor]], spec: ModelSpec, addition: Addition
+) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values of every layer with an addition; gradients flow into it."""
+    found = dict(zip(addition.slots, addition.added, strict=True))
+    keys = [slot for slot in addition.slots if slot % 2 == 0]
+    if addition.rope == "before" and keys:
+        found.update(zip(keys, _turned(found, keys, spec, addition.pairs.ours, inverse=False), strict=True))
+    made = [list(layer) for layer in layers]
+    for slot, added in found.items():
+        tensor = made[slot // 2][slot % 2]
+        where = sent(addition.pairs.rows, tensor.device), sent(addition.pairs.ours, tensor.device)
+        added = added.to(tensor.dtype).reshape(len(added), tensor.shape[1], -1)
+        summed = tensor.transpose(1, 2).index_put(where, added, accumulate=True)
+        made[slot // 2][slot % 2] = summed.transpose(1, 2)
+    return [(keys, values) for keys, values in made]
+
+
+def geometry_of(card: Card) -> FuserGeometry:
+    """A fuser's sizes.
+
+    Raises:
+        AdapterError: another kind of adapter.
+    """
+    if not isinstance(card.geometry, FuserGeometry):
+        raise AdapterError(f"a {card.kind}, no fuser: give it by --adapter")
+    return card.geometry
+
+
+def wire_spec(card: Card, spec: ModelSpec) -> ModelSpec:
+    """Geometry of what crosses: the sharer's layers, whose keys no one turns on the way."""
+    shape = geometry_of(card).sharer
+    return replace(spec, layers=(LayerSpec(shape.kv_heads, shape.head_dim, None, None),) * shape.layers)
+
+
+def sharer_side(name: str | Path, sharer: LM) -> SharerSide:
+    """The sharer's side of a fuser, with the receiver's tokenizer loaded by the name on the card.
+
+    Raises:
+        AdapterError: not a fuser, damaged, or not for this sharer.
+        ModelError: the receiver's tokenizer cannot be loaded.
+    """
+    card, folder = read_card(name, "fuser")
+    return SharerSide(card, load_fuser(card, folder).opened(), sharer, tokenizer_of(card.receiver.name))
+
+
+def receiver_side(name: str | Path, receiver: LM) -> ReceiverSide:
+    """The receiver's side of a fuser, with the sharer's tokenizer loaded by the name on the card.
+
+    Raises:
+        AdapterError: not a fuser, damaged, or not for this receiver.
+        ModelError: the sharer's tokenizer cannot be loaded.
+    """
+    card, folder = read_card(name, "fuser")
+    return ReceiverSide(card, load_fuser(card, folder), receiver, tokenizer_of(card.sharer.name))
+
+
+def _columns(positions: Tensor, pairs: Pairs) -> Tensor:
+    """In which column of a layer each pair's sharer token lies, −1 where it was not sent.
+
+    Args:
+        positions: of the layer's tokens, ``[rows, tokens]``.
+        pairs: aligned tokens.
+    """
+    longest = 1 + max(int(positions.max()) if positions.numel() else 0, int(pairs.theirs.max()))
+    table = torch.full((len(positions), longest + 1), -1)
+    rows = torch.arange(len(positions))[:, None].expand_as(positions)
+    where = torch.where(positions == PADDING, longest, positions)
+    table[rows, where] = torch.arange(positions.shape[1]).expand_as(positions)
+    table[:, longest] = -1
+    return table[pairs.rows, pairs.theirs]
+
+
+def _turned(
+    vectors: dict[int, Tensor], slots: Sequence[int], spec: ModelSpec, positions: Tensor, inverse: bool
+) -> list[Tensor]:
+    """Keys of some tokens, ``[tokens, width]`` each, rotated to their positions or back."""
+    shapes = [spec.layers[slot // 2] for slot in slots]
+    heads = [
+        vectors[slot].reshape(len(positions), shape.kv_heads, -1).transpose(0, 1)[None]
+        for slot, shape in zip(slots, shapes, strict=True)
+    ]
+    there = sent(positions, heads[0].device)
+    turned = rotate_layers(heads, [shape.rope for shape in shapes], there, inverse)
+    return [one[0].transpose(0, 1).flatten(1) for one in turned]

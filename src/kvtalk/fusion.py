@@ -1,0 +1,304 @@
+"""Fused placement: the receiver reads the same prompt as its sharers, and its cache is enriched by theirs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kvtalk import packet as wire
+from kvtalk.adapters.fusing import (
+    Own,
+    Prompt,
+    ReceiverSide,
+    SharerSide,
+    prompt_of,
+    receiver_side,
+    sharer_side,
+    text_digest,
+)
+from kvtalk.adapters.store import read_card, shipped_for
+from kvtalk.cache import KVCache, Prefix
+from kvtalk.errors import AdapterError, BudgetError, InputError
+from kvtalk.link import Answer, Cost, Link, Receiver, Sharer, bits_per_value, pack_rows
+from kvtalk.models import LM
+from kvtalk.placement import PlacedCache
+from kvtalk.planning import LADDER, LAST_RESORT, Budget, Plan, fit
+
+
+class FusedSharer:
+    """The side that lends its cache of the prompt; holds no weight and no cache of the receiver.
+
+    Attributes:
+        side: the model and what the fuser reads of it.
+    """
+
+    def __init__(self, side: SharerSide) -> None:
+        self.side = side
+
+    def read(self, *prompts: Prompt) -> KVCache:
+        """What may be sent of prompts: the aligned tokens in the layers that the fuser reads, one row each.
+
+        Packets of it are made with the same prompts.
+
+        Raises:
+            InputError: an empty text.
+            AlignmentError: nothing of it aligns.
+        """
+        if not prompts or not all(prompt.shared.strip() for prompt in prompts):
+            raise InputError("the question is empty")
+        return self.side.read(prompts)
+
+    def plan(self, cache: KVCache, budget: Budget | str | None, plan: Plan | None) -> Plan:
+        """The plan to use: the given one, or the best that fits the budget; with both, tokens are thinned to fit.
+
+        Args:
+            cache: of one prompt, as :meth:`read` gives it.
+            budget: bytes that may cross, in shares and bits of the sharer's whole cache of the text; None for no limit.
+            plan: codecs and token policy; None for the best.
+
+        Raises:
+            BudgetError: nothing fits.
+        """
+        spec, used = self.side.spec, self.side.plan(plan)
+        if budget is None:
+            return used
+        limit = (Budget.parse(budget) if isinstance(budget, str) else budget).bytes_for(cache.length[0], spec)
+
+        def size(candidate: Plan) -> int:
+            return wire.predict(cache, candidate, spec, text=text_digest(""))
+
+        if plan is not None and size(used) <= limit:
+            return used
+        if plan is not None:
+            return fit(cache, spec, limit, size, used, [used.rung])
+        ladder, last_resort = ([replace(rung, rope=used.rope) for rung in rungs] for rungs in (LADDER, LAST_RESORT))
+        try:
+            return fit(cache, spec, limit, size, used, ladder)
+        except BudgetError:
+            return fit(cache, spec, limit, size, used, last_resort)
+
+    def encode_rows(self, prompts: Sequence[Prompt], cache: KVCache, plans: Sequence[Plan]) -> list[memoryview]:
+        """A packet of each prompt.
+
+        Args:
+            prompts: what was read.
+            cache: of it, as :meth:`read` gives it.
+            plans: of each.
+        """
+        plans = [self.side.plan(plan) for plan in plans]
+        texts = [text_digest(prompt.shared) for prompt in prompts]
+
+        def pack(part: KVCache, same: Plan, rows: Sequence[int]) -> list[memoryview]:
+            which = [plans[row] for row in rows]
+            return wire.encode_rows(part, which, self.side.spec, texts=[texts[row] for row in rows])
+
+        return pack_rows(cache, plans, pack)
+
+    def bits(self, blob: memoryview, tokens: int) -> float:
+        """Bits per value of a packet, of the sharer's whole bf16 cache of so many tokens."""
+        return bits_per_value(len(blob), tokens, self.side.lm)
+
+
+class FusedReceiver:
+    """The side that answers: reads the prompt itself and adds what sharers send.
+
+    Attributes:
+        lm: the receiver.
+        sides: a fuser for each sharer.
+    """
+
+    def __init__(self, lm: LM, sides: Sequence[ReceiverSide]) -> None:
+        self.lm, self.sides = lm, list(sides)
+
+    def unpack(self, sharer: int, blob: memoryview) -> Prefix:
+        """What a packet of a sharer holds, verified.
+
+        Raises:
+            PacketError: damaged, or of another model.
+        """
+        return wire.prefix(wire.read_stream(blob), self.sides[sharer].spec)
+
+    @torch.no_grad()
+    def fuse(
+        self, prompts: Sequence[Prompt], received: Sequence[Sequence[Prefix]]
+    ) -> tuple[list[list[int]], PlacedCache]:
+        """Read prompts and enrich their cache.
+
+        Residuals of several sharers are summed over the receiver's clean cache.
+
+        Args:
+            prompts: what the receiver reads.
+            received: of each sharer, what its packet of each prompt holds.
+
+        Returns:
+            the last token of each prompt, and the cache that it follows.
+
+        Raises:
+            InputError: a sharer read another text.
+        """
+        own = Own(self.lm, prompts)
+        additions = [
+            addition
+            for side, prefixes in zip(self.sides, received, strict=True)
+            for addition in side.additions(own, prompts, prefixes)
+        ]
+        return own.last, own.placed(additions)
+
+
+class Fusion:
+    """A receiver and its sharers in one process, joined by real packets.
+
+    Attributes:
+        sharers: lend their caches.
+        receiver: answers.
+    """
+
+    def __init__(
+        self,
+        receiver: LM | str,
+        sharers: Sequence[LM | str] = (),
+        fusers: Sequence[str | Path] = (),
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Join models, or names to load them by.
+
+        Args:
+            receiver: answers.
+            sharers: by default those that the fusers were trained with.
+            fusers: a folder, a hub id or the name of one that comes with kvtalk for each sharer; by default what
+                comes with kvtalk.
+            dtype: of models that are loaded here.
+
+        Raises:
+            ModelError: a model cannot be loaded.
+            AdapterError: no fuser for a pair, or not for this one.
+        """
+        if not sharers and not fusers:
+            raise AdapterError("give a sharer, or a fuser whose sharer is loaded")
+        cards = [read_card(name, "fuser")[0] for name in fusers]
+        lm = LM.load(receiver, dtype=dtype) if isinstance(receiver, str) else receiver
+        named = sharers or [card.sharer.name for card in cards]
+        loaded = [LM.load(one, dtype=dtype) if isinstance(one, str) else one for one in named]
+        names = list(fusers) or [_shipped(one, lm) for one in loaded]
+        if len(names) != len(loaded):
+            raise AdapterError(f"{len(names)} fusers for {len(loaded)} sharers: give one for each")
+        self.sharers = [FusedSharer(sharer_side(name, one)) for name, one in zip(names, loaded, strict=True)]
+        self.receiver = FusedReceiver(lm, [receiver_side(name, lm) for name in names])
+
+    def ask(
+        self,
+        question: str,
+        context: str | None = None,
+        *,
+        budget: Budget | str | None = None,
+        plan: Plan | None = None,
+        max_new_tokens: int = 48,
+        **options: Any,
+    ) -> Answer:
+        """Let all models read a question, and the receiver answer it.
+
+        Args:
+            question: read by all.
+            context: a text before it, read by all.
+            budget: bytes that may cross, of each sharer.
+            plan: what of a sharer's cache to send and how; by default the best that fits the budget.
+            max_new_tokens: at most so many.
+            options: for `transformers`' ``generate``.
+
+        Raises:
+            KVTalkError: the question, budget or pair of models cannot be used.
+        """
+        if not question.strip():
+            raise InputError("the question is empty")
+        shared = question if context is None else f"{context}\n{question}"
+        size, bits, tokens, sent = 0, 0.0, 0, []
+        used: Plan | None = None
+        clock = _Clock(self.receiver.lm)
+        for number, sharer in enumerate(self.sharers):
+            prompt = prompt_of(sharer.side.lm.prompt, shared)
+            cache = sharer.read(prompt)
+            clock.lap("prefill")
+            used = sharer.plan(cache, budget, plan)
+            blob = sharer.encode_rows([prompt], cache, [used])[0]
+            clock.lap("encode")
+            sent.append([self.receiver.unpack(number, blob)])
+            clock.lap("decode")
+            size, bits = size + len(blob), bits + sharer.bits(blob, cache.length[0])
+            tokens += cache.length[0]
+        last, placed = self.receiver.fuse([prompt_of(self.receiver.lm.prompt, shared)], sent)
+        clock.lap("place")
+        made = self.receiver.lm.generate(last, placed, max_new_tokens=max_new_tokens, **options)[0]
+        cost = Cost(size, bits, tokens, **clock.seconds, first_token=made.first_token_seconds, rest=made.rest_seconds)
+        return Answer(made.text, made, cost, used)
+
+
+class FusedLink(Link):
+    """A sharer and a receiver that are fused, as something to evaluate.
+
+    Attributes:
+        fusion: of both.
+        own: the receiver with itself as the sharer, for the control ``self``; None without a fuser for that.
+    """
+
+    def __init__(
+        self,
+        sharer: LM | str | None,
+        receiver: LM | str,
+        fuser: str | Path | None = None,
+        own: str | Path | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Join two models, or names to load them by.
+
+        Args:
+            sharer: lends its cache; None for the one that the fuser was trained with.
+            receiver: answers.
+            fuser: folder, hub id or name; by default the one that comes with kvtalk.
+            own: the same for the receiver as its own sharer.
+            dtype: of models that are loaded here.
+
+        Raises:
+            ModelError: a model cannot be loaded.
+            AdapterError: no fuser, or not for this pair.
+        """
+        fusers = [] if fuser is None else [fuser]
+        self.fusion = Fusion(receiver, [] if sharer is None else [sharer], fusers, dtype=dtype)
+        lm = self.fusion.receiver.lm
+        self.own = None if own is None else Fusion(lm, [lm], [own])
+        self.card = self.fusion.sharers[0].side.card
+        self.sharer, self.receiver = Sharer(self.fusion.sharers[0].side.lm), Receiver(lm)
+
+
+def _shipped(sharer: LM, receiver: LM) -> Path:
+    folder = shipped_for(sharer.spec, receiver.spec, "fuser")
+    if folder is None:
+        raise AdapterError(
+            f"no fuser from {sharer.name} to {receiver.name} is at hand; train one: kvtalk train fuser "
+            f"--sharer {sharer.name} --receiver {receiver.name} --data TEXTS.jsonl --out FOLDER"
+        )
+    return folder
+
+
+class _Clock:
+    """Seconds of each stage, the device's work included."""
+
+    def __init__(self, lm: LM) -> None:
+        self.lm, self.seconds, self._at = lm, dict.fromkeys(("prefill", "encode", "decode", "place"), 0.0), 0.0
+        self._at = self._now()
+
+    def lap(self, stage: str) -> None:
+        now = self._now()
+        self.seconds[stage] += now - self._at
+        self._at = now
+
+    def _now(self) -> float:
+        if self.lm.device.type == "cuda":
+            torch.cuda.synchronize(self.lm.device)
+        return time.perf_counter()
