@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvtalk.adapters.fuser import Fuser, FuserGeometry, Shape, narrowed
-from kvtalk.adapters.fusing import Addition, Pairs, enriched, own_vectors, taken
+from kvtalk.adapters.fusing import Addition, Pairs, enriched, own_vectors, slots_at_once, taken
 from kvtalk.adapters.store import is_matrix
 from kvtalk.alignment.layers import layer_map
 from kvtalk.cache import KVCache, LayerCache
@@ -33,7 +33,7 @@ from kvtalk.rope import Rope
 from kvtalk.spec import Fingerprint, LayerSpec, ModelSpec
 
 SHARER, RECEIVER = Shape(30, 3, 64), Shape(18, 1, 256)
-DEFAULT = 25_000_000
+DEFAULT = 27_000_000
 DEFAULT_GEOMETRY = FuserGeometry(SHARER, RECEIVER, layer_map(SHARER.layers, RECEIVER.layers, "terminal"))
 PUBLISHED = replace(DEFAULT_GEOMETRY, hidden=1024, middle=1024, weighing=1024, rope="after")
 WAYS = ("layers", "stacked", "ours")
@@ -91,14 +91,18 @@ def cache_of(shape: Shape, tokens: int, dtype: torch.dtype, device: str) -> KVCa
     return KVCache(tuple(LayerCache(*both, positions) for both in made), (tokens,))
 
 
-def stacked(fuser: Fuser, sharer: KVCache, own: KVCache, spec: ModelSpec, pairs: Pairs) -> list[tuple[Tensor, Tensor]]:
+def stacked(
+    parts: list[Fuser], sharer: KVCache, own: KVCache, spec: ModelSpec, pairs: Pairs
+) -> list[tuple[Tensor, Tensor]]:
     """What the receiver's side does once a packet is decoded."""
-    geometry = fuser.geometry
-    which = [(geometry.layers[slot // 2], slot % 2) for slot in fuser.slots]
+    geometry, slots = parts[0].geometry, [slot for part in parts for slot in part.slots]
+    which = [(geometry.layers[slot // 2], slot % 2) for slot in slots]
     vectors = torch.stack([taken(sharer.layers[layer], kind, pairs.rows, pairs.theirs) for layer, kind in which])
-    added = fuser(vectors, own_vectors(own, spec, pairs, fuser.slots, geometry.rope))
+    ours, sizes = own_vectors(own, spec, pairs, slots, geometry.rope), [len(part.slots) for part in parts]
+    both = zip(parts, torch.split(vectors, sizes), torch.split(ours, sizes), strict=True)
+    added = torch.cat([part(theirs, one) for part, theirs, one in both])
     layers = [(layer.keys, layer.values) for layer in own.layers]
-    return enriched(layers, spec, Addition(pairs, fuser.slots, added, geometry.rope))
+    return enriched(layers, spec, Addition(pairs, slots, added, geometry.rope))
 
 
 def by_layer(slots: nn.ModuleList, sharer: KVCache, own: KVCache) -> list[tuple[Tensor, Tensor]]:
@@ -111,11 +115,11 @@ def by_layer(slots: nn.ModuleList, sharer: KVCache, own: KVCache) -> list[tuple[
     return made
 
 
-def prepared(fuser: Fuser, dtype: torch.dtype, device: str) -> Fuser:
+def prepared(fuser: Fuser, dtype: torch.dtype, device: str) -> list[Fuser]:
     for parameter in fuser.parameters():
         if is_matrix(parameter):
             parameter.data = parameter.data.to(dtype)
-    return fuser.to(device).eval()
+    return fuser.to(device).eval().split(slots_at_once(device, fuser))
 
 
 @torch.no_grad()
@@ -154,8 +158,8 @@ def measured(dtype: torch.dtype, device: str, tokens: int, rounds: int) -> dict[
         "dtype": str(dtype).removeprefix("torch."),
         "tokens": tokens,
         "rounds": rounds,
-        "hidden": {"layers": PUBLISHED.hidden, "stacked": PUBLISHED.hidden, "ours": small.geometry.hidden},
-        "parameters": {"layers": count(slots), "stacked": count(large), "ours": count(small)},
+        "hidden": {"layers": PUBLISHED.hidden, "stacked": PUBLISHED.hidden, "ours": small[0].geometry.hidden},
+        "parameters": {"layers": count(slots), "stacked": sum(map(count, large)), "ours": sum(map(count, small))},
         "largest_difference_layers_stacked": max(differences),
         **{f"{name}_ms": round(1000 * statistics.median(seconds[name]), 2) for name in WAYS},
         "layers_over_ours": ratio(seconds["layers"], seconds["ours"]),

@@ -336,6 +336,48 @@ def test_asking_in_one_process(joined: Pair, receiver: LM, tmp_path: Path, monke
         fusion.ask(" ")
 
 
+@pytest.mark.parametrize("trained", [False, True])
+def test_turns_are_fused_one_after_the_other(
+    receiver: LM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: bool
+) -> None:
+    names = {"sharer": other_lm().tokenizer, receiver.name: receiver.tokenizer}
+    monkeypatch.setattr(fusing, "tokenizer_of", names.__getitem__)
+    geometry = geometry_of(other_lm(), receiver)
+    fuser = random_fuser(geometry) if trained else Fuser(geometry)
+    save_adapter(fuser, *(Party(lm.name, lm.spec.fingerprint) for lm in (other_lm(), receiver)), tmp_path, "fp32")
+    fusion = Fusion(receiver, [other_lm()], [tmp_path])
+    talk = fusion.conversation()
+    first = talk.ask("Who built the ferry in 1931?", max_new_tokens=6)
+    assert first.text == fusion.ask("Who built the ferry in 1931?", max_new_tokens=6).text
+    held = talk.turns.ours.placed.to_cache()
+    before = [(layer.keys.clone(), layer.values.clone()) for layer in held.layers]
+    read = talk.turns.theirs[0].tokens
+    second = talk.ask("And when?", max_new_tokens=6)
+    assert second.cost.bytes < first.cost.bytes
+    assert second.cost.context_tokens == len(other_lm().encode(" And when?"))
+    assert talk.turns.theirs[0].tokens > read
+    now = talk.turns.ours.placed.to_cache()
+    for (keys, values), layer in zip(before, now.layers, strict=True):
+        assert torch.equal(keys, layer.keys[:, :, : keys.shape[2]])
+        assert torch.equal(values, layer.values[:, :, : keys.shape[2]])
+        assert torch.equal(layer.positions[0], torch.arange(layer.tokens))
+    ids = receiver.encode("\nQuestion: Who built the ferry in 1931?\nAnswer:") + list(first.generation.ids)
+    end = "" if receiver.tokenizer.decode(first.generation.ids[-1:]).endswith("\n") else "\n"
+    whole = [ids + receiver.encode(f"{end}Question: And when?\nAnswer:")]
+    alone = receiver.generate(whole, max_new_tokens=6)[0]
+    if not trained:
+        assert second.generation.ids == alone.ids
+        return
+    own, fused = receiver.read_whole(whole)[0].layers[0].keys, now.layers[0].keys  # of a first layer, so of the token
+    changed = [not torch.allclose(own[:, :, at], fused[:, :, at], atol=1e-4) for at in range(len(whole[0]))]
+    turn = len(receiver.encode(f"{end}Question:"))
+    text = range(len(ids) + turn, len(ids) + turn + len(receiver.encode(" And when?")))
+    assert all(changed[at] for at in text)
+    assert not any(changed[at] for at in range(len(ids), len(changed)) if at not in text)
+    with pytest.raises(InputError, match="empty"):
+        talk.ask(" ")
+
+
 @pytest.mark.parametrize(
     "changes",
     [{"gated": False}, {"weighted": False}, {"projects": True}, {"residual": False}, {"blocks": 0}],

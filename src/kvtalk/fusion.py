@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,12 @@ import torch
 
 from kvtalk import packet as wire
 from kvtalk.adapters.fusing import (
+    Earlier,
     Own,
     Prompt,
     ReceiverSide,
     SharerSide,
+    prompt_after,
     prompt_of,
     receiver_side,
     sharer_side,
@@ -40,10 +42,10 @@ class FusedSharer:
     def __init__(self, side: SharerSide) -> None:
         self.side = side
 
-    def read(self, *prompts: Prompt) -> KVCache:
+    def read(self, *prompts: Prompt, earlier: Earlier | None = None) -> KVCache:
         """What may be sent of prompts: the aligned tokens in the layers that the fuser reads, one row each.
 
-        Packets of it are made with the same prompts.
+        Packets of it are made with the same prompts. ``earlier`` holds the turns before a single prompt.
 
         Raises:
             InputError: an empty text.
@@ -51,7 +53,7 @@ class FusedSharer:
         """
         if not prompts or not all(prompt.shared.strip() for prompt in prompts):
             raise InputError("the question is empty")
-        return self.side.read(prompts)
+        return self.side.read(prompts, earlier)
 
     def plan(self, cache: KVCache, budget: Budget | str | None, plan: Plan | None) -> Plan:
         """The plan to use: the given one, or the best that fits the budget; with both, tokens are thinned to fit.
@@ -125,7 +127,7 @@ class FusedReceiver:
 
     @torch.no_grad()
     def fuse(
-        self, prompts: Sequence[Prompt], received: Sequence[Sequence[Prefix]]
+        self, prompts: Sequence[Prompt], received: Sequence[Sequence[Prefix]], earlier: Earlier | None = None
     ) -> tuple[list[list[int]], PlacedCache]:
         """Read prompts and enrich their cache.
 
@@ -134,6 +136,7 @@ class FusedReceiver:
         Args:
             prompts: what the receiver reads.
             received: of each sharer, what its packet of each prompt holds.
+            earlier: of a single prompt, the turns before it; they stay as they are.
 
         Returns:
             the last token of each prompt, and the cache that it follows.
@@ -141,7 +144,7 @@ class FusedReceiver:
         Raises:
             InputError: a sharer read another text.
         """
-        own = Own(self.lm, prompts)
+        own = Own(self.lm, prompts, earlier)
         additions = [
             addition
             for side, prefixes in zip(self.sides, received, strict=True)
@@ -217,12 +220,45 @@ class Fusion:
         if not question.strip():
             raise InputError("the question is empty")
         shared = question if context is None else f"{context}\n{question}"
+        prompts = [prompt_of(sharer.side.lm.prompt, shared) for sharer in self.sharers]
+        ours = prompt_of(self.receiver.lm.prompt, shared)
+        return self.answer(prompts, ours, budget=budget, plan=plan, max_new_tokens=max_new_tokens, **options)
+
+    def conversation(self) -> Conversation:
+        """Questions one after the other, each fused without redoing those before it."""
+        return Conversation(self)
+
+    def answer(
+        self,
+        theirs: Sequence[Prompt],
+        ours: Prompt,
+        *,
+        budget: Budget | str | None = None,
+        plan: Plan | None = None,
+        max_new_tokens: int = 48,
+        turns: Turns | None = None,
+        **options: Any,
+    ) -> Answer:
+        """Let every model read a prompt of its own around the same text, and the receiver answer.
+
+        Args:
+            theirs: what each sharer reads.
+            ours: what the receiver reads.
+            budget: see :meth:`ask`.
+            plan: see :meth:`ask`.
+            max_new_tokens: see :meth:`ask`.
+            turns: what all have read of a conversation; grows by this question and its answer.
+            options: see :meth:`ask`.
+
+        Raises:
+            KVTalkError: the prompts, budget or pair of models cannot be used.
+        """
+        turns = turns or Turns(Earlier(), [Earlier() for _ in self.sharers])
         size, bits, tokens, sent = 0, 0.0, 0, []
         used: Plan | None = None
         clock = _Clock(self.receiver.lm)
-        for number, sharer in enumerate(self.sharers):
-            prompt = prompt_of(sharer.side.lm.prompt, shared)
-            cache = sharer.read(prompt)
+        for number, (sharer, prompt, earlier) in enumerate(zip(self.sharers, theirs, turns.theirs, strict=True)):
+            cache = sharer.read(prompt, earlier=earlier)
             clock.lap("prefill")
             used = sharer.plan(cache, budget, plan)
             blob = sharer.encode_rows([prompt], cache, [used])[0]
@@ -231,11 +267,61 @@ class Fusion:
             clock.lap("decode")
             size, bits = size + len(blob), bits + sharer.bits(blob, cache.length[0])
             tokens += cache.length[0]
-        last, placed = self.receiver.fuse([prompt_of(self.receiver.lm.prompt, shared)], sent)
+        last, placed = self.receiver.fuse([ours], sent, turns.ours)
         clock.lap("place")
         made = self.receiver.lm.generate(last, placed, max_new_tokens=max_new_tokens, **options)[0]
+        turns.ours = Earlier(placed, list(made.ids[-1:]))
         cost = Cost(size, bits, tokens, **clock.seconds, first_token=made.first_token_seconds, rest=made.rest_seconds)
         return Answer(made.text, made, cost, used)
+
+
+@dataclass
+class Turns:
+    """What the models have read of a conversation.
+
+    Attributes:
+        ours: the receiver.
+        theirs: each sharer.
+    """
+
+    ours: Earlier
+    theirs: list[Earlier]
+
+
+class Conversation:
+    """Questions one after the other. A turn's packets hold that turn alone, and only it is fused: earlier turns stay in
+    every model's cache as they are.
+    """
+
+    def __init__(self, fusion: Fusion) -> None:
+        self.fusion = fusion
+        self.turns = Turns(Earlier(), [Earlier() for _ in fusion.sharers])
+        self._answer: str | None = None
+
+    def ask(self, question: str, **options: Any) -> Answer:
+        """The next question.
+
+        Args:
+            question: read by all.
+            options: for :meth:`Fusion.answer`; no beams.
+
+        Raises:
+            KVTalkError: the question, budget or pair of models cannot be used.
+        """
+        if not question.strip():
+            raise InputError("the question is empty")
+        lms = [sharer.side.lm for sharer in self.fusion.sharers]
+        lm, said = self.fusion.receiver.lm, self._answer
+        if said is None:
+            theirs, ours = [prompt_of(one.prompt, question) for one in lms], prompt_of(lm.prompt, question)
+        else:
+            unread = lm.tokenizer.decode(self.turns.ours.unread)
+            whole = prompt_after(lm, unread, question)
+            ours = replace(whole, before=whole.before.removeprefix(unread))
+            theirs = [prompt_after(one, f"{one.prompt.after_question} {said}", question) for one in lms]
+        made = self.fusion.answer(theirs, ours, turns=self.turns, **options)
+        self._answer = made.text
+        return made
 
 
 class FusedLink(Link):

@@ -221,8 +221,17 @@ class Fuser(nn.Module):
         """The same with some of its slots, by their place in :attr:`slots`."""
         fuser = Fuser(self.geometry, [self.slots[index] for index in which])
         rows = torch.tensor(which, dtype=torch.long)
-        fuser.load_state_dict({name: tensor.cpu()[rows] for name, tensor in self.state_dict().items()})
-        return fuser.to(self.sharer_mean.device)
+        fuser.load_state_dict(
+            {name: tensor[rows.to(tensor.device)] for name, tensor in self.state_dict().items()}, assign=True
+        )
+        return fuser.train(self.training)
+
+    def split(self, slots: int) -> list[Fuser]:
+        """So many slots each, in their order."""
+        if slots >= len(self.slots):
+            return [self]
+        starts = range(0, len(self.slots), slots)
+        return [self.of_slots(range(start, min(start + slots, len(self.slots)))) for start in starts]
 
     @property
     def sharer_layers(self) -> list[int]:

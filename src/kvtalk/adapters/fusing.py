@@ -7,7 +7,7 @@ aligned; what stands around it stays as the receiver alone would have it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -27,9 +27,12 @@ from kvtalk.loading import bos
 from kvtalk.models import LM
 from kvtalk.placement import PlacedCache, PlacedLayer, place
 from kvtalk.planning import Plan
-from kvtalk.prompts import PromptFormat, render
+from kvtalk.prompts import PromptFormat, has_chat_template, render
 from kvtalk.rope import rotate_layers
 from kvtalk.spec import LayerSpec, ModelSpec, tokenizer_digest
+
+_SLOTS_ON_CPU = 4
+"""Slots to compute at a time: what they make of 512 tokens stays in a core's cache."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,41 @@ def chat_prompt(tokenizer: PreTrainedTokenizerBase, turn: str) -> Prompt:
     if not found:
         raise AlignmentError("the chat template changes what the user says: such prompts cannot be aligned")
     return Prompt(before, turn, after)
+
+
+def prompt_after(lm: LM, answer: str, question: str) -> Prompt:
+    """A further question in a model's words.
+
+    Args:
+        lm: the model.
+        answer: what of the answer before it the model has not read, with or without the end of a turn.
+        question: read by both models.
+    """
+    form, end = lm.prompt, (lm.prompt.stop or ("\n",))[0]
+    between = end + form.before_question.removeprefix(end)
+    if not form.stop and has_chat_template(lm.tokenizer):
+        marks = "\x02a\x03", "\x02b\x03", "\x02c\x03"
+        between = render(lm.tokenizer, marks).partition(marks[1])[2].partition(marks[2])[0]
+    ended = next((size for size in range(len(between), 0, -1) if answer.endswith(between[:size])), 0)
+    return Prompt((answer + between[ended:]).removesuffix(" "), f" {question}", form.after_question)
+
+
+@dataclass
+class Earlier:
+    """What a model has read of a conversation; grows turn by turn.
+
+    Attributes:
+        placed: its cache, one row; None before the first turn.
+        unread: the last token that it wrote, which it has not read.
+    """
+
+    placed: PlacedCache | None = None
+    unread: list[int] = field(default_factory=list)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens read."""
+        return 0 if self.placed is None else self.placed.columns
 
 
 @dataclass(frozen=True)
@@ -128,26 +166,34 @@ class SharerSide:
         self.spec = wire_spec(card, lm.spec)
 
     @torch.no_grad()
-    def read(self, prompts: Sequence[Prompt]) -> KVCache:
+    def read(self, prompts: Sequence[Prompt], earlier: Earlier | None = None) -> KVCache:
         """The cache of the aligned tokens in the layers that the fuser reads; other layers are empty.
 
         Positions count the sharer's tokens of the shared text from 0.
+
+        Args:
+            prompts: what to read.
+            earlier: of a single prompt, the turns before it, which are not read again; it grows by this one.
 
         Raises:
             AlignmentError: no token of the receiver's overlaps any of the sharer's.
         """
         shared = [prompt.shared for prompt in prompts]
         theirs, ours = tokenize(self.lm.tokenizer, shared), tokenize(self.tokenizer, shared)
-        before = [bos(self.lm.tokenizer) + self.lm.encode(prompt.before) for prompt in prompts]
-        cache, _ = self.lm.read_whole([lead + one.ids for lead, one in zip(before, theirs, strict=True)])
-        wanted = torch.full((len(prompts), max(cache.length)), PADDING)
+        start = 0 if earlier is None else earlier.tokens
+        begin = [] if start else bos(self.lm.tokenizer)
+        before = [begin + self.lm.encode(prompt.before) for prompt in prompts]
+        cache = read_on(self.lm, [lead + one.ids for lead, one in zip(before, theirs, strict=True)], earlier)
+        if earlier is not None and earlier.placed is None:
+            earlier.placed = placed_whole(self.lm, cache)
+        wanted = torch.full((len(prompts), max(cache.length) - start), PADDING)
         for row, (lead, one, other) in enumerate(zip(before, theirs, ours, strict=True)):
             chosen = torch.from_numpy(align(one, other, self.geometry.alignment))
             chosen = torch.unique(chosen[chosen != NONE])
             if not len(chosen):
                 raise AlignmentError("no token of the receiver overlaps one of the sharer: is the prompt empty?")
             wanted[row, chosen + len(lead)] = chosen
-        layers = bare_layers(cache, self.lm.spec, self.geometry, self.layers)
+        layers = bare_layers(cache, self.lm.spec, self.geometry, self.layers, start)
         nothing = torch.zeros(len(prompts), 0, dtype=torch.long)
         empty = LayerCache(layers[self.layers[0]].keys[:, :, :0], layers[self.layers[0]].values[:, :, :0], nothing)
         held = tuple(
@@ -195,6 +241,7 @@ class ReceiverSide:
         self.card, self.lm, self.tokenizer = card, lm, tokenizer
         self.geometry = geometry_of(card)
         self.fuser = beside(fuser.opened(), lm)
+        self._parts = self.fuser.split(slots_at_once(lm.device.type, self.fuser))
         self.spec = wire_spec(card, replace(lm.spec, fingerprint=card.sharer.fingerprint))
 
     def additions(self, own: Own, prompts: Sequence[Prompt], prefixes: Sequence[Prefix]) -> list[Addition]:
@@ -235,7 +282,10 @@ class ReceiverSide:
             [taken(received.layers[layer], kind, pairs.rows, there[layer].clamp(min=0)) for layer, kind in slots]
         )
         missing = torch.stack([there[layer] < 0 for layer, _ in slots])
-        added = self.fuser(vectors, own.vectors(pairs, self.fuser.slots, self.geometry.rope))
+        ours = own.vectors(pairs, self.fuser.slots, self.geometry.rope)
+        sizes = [len(part.slots) for part in self._parts]
+        both = zip(self._parts, torch.split(vectors, sizes), torch.split(ours, sizes), strict=True)
+        added = torch.cat([part(theirs, own) for part, theirs, own in both])
         added = added.masked_fill(missing[:, :, None], 0)
         return [Addition(pairs, self.fuser.slots, added, self.geometry.rope)]
 
@@ -267,25 +317,32 @@ class Own:
         last: the token of each prompt that is not read yet.
     """
 
-    def __init__(self, lm: LM, prompts: Sequence[Prompt]) -> None:
+    def __init__(self, lm: LM, prompts: Sequence[Prompt], earlier: Earlier | None = None) -> None:
         """Read prompts.
+
+        Args:
+            lm: the receiver.
+            prompts: what it reads.
+            earlier: of a single prompt, the turns before it, which are not read again.
 
         Raises:
             InputError: one of fewer than two tokens.
         """
         self.lm = lm
         self.shared = tokenize(lm.tokenizer, [prompt.shared for prompt in prompts])
+        start = 0 if earlier is None else earlier.tokens
+        begin = earlier.unread if earlier is not None and start else bos(lm.tokenizer)
         ids = [
-            (bos(lm.tokenizer) + lm.encode(prompt.before), one.ids, lm.encode(prompt.after))
+            (begin + lm.encode(prompt.before), one.ids, lm.encode(prompt.after))
             for prompt, one in zip(prompts, self.shared, strict=True)
         ]
-        self.begins = [len(before) for before, _, _ in ids]
+        self.begins = [start + len(before) for before, _, _ in ids]
         whole = [[*before, *shared, *after] for before, shared, after in ids]
         if min(map(len, whole)) < 2:
             raise InputError("the prompt is too short to be fused: it needs two tokens at least")
         self.last = [row[-1:] for row in whole]
-        self.lengths = [len(row) - 1 for row in whole]
-        self.cache, _ = lm.read_whole([row[:-1] for row in whole])
+        self.lengths = [start + len(row) - 1 for row in whole]
+        self.cache = read_on(lm, [row[:-1] for row in whole], earlier)
 
     def vectors(self, pairs: Pairs, slots: Sequence[int], rope: str) -> Tensor:
         """Its keys and values of some tokens, ``[slots, tokens, width]``."""
@@ -296,9 +353,29 @@ class Own:
         layers = [(layer.keys, layer.values) for layer in self.cache.layers]
         for addition in additions:
             layers = enriched(layers, self.lm.spec, addition)
-        held = [PlacedLayer(keys, values, keys.shape[2]) for keys, values in layers]
-        ends = torch.tensor(self.lengths, device=self.lm.device)
-        return PlacedCache(held, [layer.positions for layer in self.cache.layers], ends, self.lm.spec)
+        positions = [layer.positions for layer in self.cache.layers]
+        held = [LayerCache(*both, where) for both, where in zip(layers, positions, strict=True)]
+        return placed_whole(self.lm, KVCache(tuple(held), tuple(self.lengths)))
+
+
+def read_on(lm: LM, rows: Sequence[list[int]], earlier: Earlier | None) -> KVCache:
+    """Read tokens after those of earlier turns; the cache of them all."""
+    if earlier is None or earlier.placed is None:
+        return lm.read_whole(rows)[0]
+    lm.states(rows, earlier.placed)
+    return earlier.placed.to_cache()
+
+
+def placed_whole(lm: LM, cache: KVCache) -> PlacedCache:
+    """A model's own cache from position 0 on, to go on from."""
+    held = [PlacedLayer(layer.keys, layer.values, layer.tokens) for layer in cache.layers]
+    ends = torch.tensor(cache.length, device=lm.device)
+    return PlacedCache(held, [layer.positions for layer in cache.layers], ends, lm.spec)
+
+
+def slots_at_once(device: str, fuser: Fuser) -> int:
+    """How many slots of a fuser are computed together."""
+    return len(fuser.slots) if device == "cuda" else _SLOTS_ON_CPU
 
 
 def paired(
@@ -328,13 +405,13 @@ def paired(
 
 
 def bare_layers(
-    cache: KVCache, spec: ModelSpec, geometry: FuserGeometry, wanted: Sequence[int]
+    cache: KVCache, spec: ModelSpec, geometry: FuserGeometry, wanted: Sequence[int], start: int = 0
 ) -> dict[int, LayerCache]:
-    """Some layers of a cache that was read with :meth:`kvtalk.models.LM.read_whole`, keys as the fuser takes them."""
-    layers = [cache.layers[index] for index in wanted]
+    """Some layers of a cache that holds every token, from position ``start`` on, keys as the fuser takes them."""
+    layers = [cache.layers[index].span(start, cache.layers[index].tokens) for index in wanted]
     keys = [layer.keys for layer in layers]
     if geometry.rope == "before":
-        steps = sent(torch.arange(keys[0].shape[2]), keys[0].device)
+        steps = sent(torch.arange(start, start + keys[0].shape[2]), keys[0].device)
         keys = rotate_layers(keys, [spec.layers[index].rope for index in wanted], steps, inverse=True)
     return {index: replace(layer, keys=one) for index, layer, one in zip(wanted, layers, keys, strict=True)}
 
@@ -370,8 +447,8 @@ def enriched(
         tensor = made[slot // 2][slot % 2]
         where = sent(addition.pairs.rows, tensor.device), sent(addition.pairs.ours, tensor.device)
         added = added.to(tensor.dtype).reshape(len(added), tensor.shape[1], -1)
-        summed = tensor.transpose(1, 2).index_put(where, added, accumulate=True)
-        made[slot // 2][slot % 2] = summed.transpose(1, 2)
+        by_token = tensor.transpose(1, 2)
+        made[slot // 2][slot % 2] = by_token.index_put(where, by_token[where] + added).transpose(1, 2)
     return [(keys, values) for keys, values in made]
 
 
