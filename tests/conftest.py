@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -59,6 +61,23 @@ ARCHITECTURES = {
     ),
     "smollm3-nope": lambda: transformers.SmolLM3Config(**_SIZES),
 }
+
+
+@contextmanager
+def single_threaded() -> Iterator[None]:
+    """Tiny models gain nothing from a second thread, and wait for it where cores are shared."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    with single_threaded():
+        yield
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

@@ -15,9 +15,11 @@ from pathlib import Path
 
 import pytest
 
+from conftest import single_threaded
 from kvtalk import cli
 from kvtalk.evaluation.summary import read_records
 from kvtalk.models import LM
+from test_fuser import other_lm
 
 CONTEXT = "The harbour master of Ostrevik was called Berthe, and she kept eels in the old mill."
 
@@ -34,7 +36,7 @@ def in_process(*arguments: object, text: str | None = None) -> subprocess.Comple
     stdout, stderr, argv, stdin = io.StringIO(), io.StringIO(), sys.argv, sys.stdin
     sys.argv, sys.stdin = ["kvtalk", *map(str, arguments)], io.StringIO(text or "")
     try:
-        with redirect_stdout(stdout), redirect_stderr(stderr), pytest.raises(SystemExit) as end:
+        with redirect_stdout(stdout), redirect_stderr(stderr), single_threaded(), pytest.raises(SystemExit) as end:
             cli.main()
     finally:
         sys.argv, sys.stdin = argv, stdin
@@ -71,6 +73,34 @@ def translator(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> P
     again = in_process("train", "translator", *both, "--data", texts, "--out", folder, *sizes, "--rate", 1)
     refused(again, "other settings", "recipe")
     return folder
+
+
+@pytest.fixture(scope="session")
+def other_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model with another tokenizer, saved as users save theirs."""
+    folder = tmp_path_factory.mktemp("models") / "other"
+    other_lm().model.save_pretrained(folder)
+    other_lm().tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def fusers(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, other_folder: Path) -> tuple[Path, Path]:
+    """Trained by the command, for ten steps: between two models, with a plan in the loop, and for one as its own."""
+    folder = tmp_path_factory.mktemp("fusers")
+    rows = [{"prompt": f"Who keeps the eels in mill {number}?", "response": "Berthe"} for number in range(8)]
+    rows += [{"question": f"Which is mill {number}?", "choices": ["old", "new"], "answer": 0} for number in range(8)]
+    rows += [{"context": f"{CONTEXT} {number}.", "question": "Who?", "answers": ["Berthe"]} for number in range(8)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    sizes = ("--steps", 10, "--rows", 4, "--hidden", 64, "--check-every", 5)
+    packed = ("--codec", "int4", "--keep", 0.25)
+    for name, sharer, plan in (("between", other_folder, packed), ("own", tiny_folder, ())):
+        both = ("-s", sharer, "-r", tiny_folder, "--data", folder / "rows.jsonl", "--out", folder / name)
+        made = in_process("train", "fuser", *both, *sizes, *plan)
+        assert made.returncode == 0, made.stderr
+        assert f"--fuser {folder / name}" in made.stdout.replace("\n", "")
+        refused(in_process("train", "fuser", *both, *sizes, *plan, "--rate", 1), "other settings", "recipe")
+    return folder / "between", folder / "own"
 
 
 @pytest.fixture
@@ -130,6 +160,95 @@ def test_a_trained_translator_serves_both_sides(
     assert apart["answer"] == json.loads(together.stdout)["cache"]["answer"]
     refused(in_process("answer", "--cache", file, "-r", tiny_folder, *options), "adapter", "load that adapter")
     assert "latent" in in_process("inspect", file).stdout
+
+
+def test_a_trained_fuser_answers_without_a_context(
+    fusers: tuple[Path, Path], tiny_folder: Path, other_folder: Path, context: Path
+) -> None:
+    lines = [json.loads(line) for line in (fusers[0] / "log.jsonl").read_text("utf-8").splitlines()]
+    kinds = ("choices", "oracle", "instructions", "accuracy")
+    assert {f"{kind}{way}" for kind in kinds for way in ("", " wrong", " zeroed", " alone")} <= lines[-1].keys()
+    facts = json.loads((fusers[0] / "adapter.json").read_text("utf-8"))["facts"]
+    assert (facts["steps"], facts["plan"]) == (10, "int4 value_norm@25%")
+    models = ("-s", other_folder, "-r", tiny_folder, "--fuser", fusers[0])
+    options = ("-q", "Who keeps the eels?", "--max-new-tokens", 3, "--json")
+    run = in_process("ask", *models, *options, "-p", "int4 value_norm@25%")
+    assert run.returncode == 0, run.stderr
+    rows = json.loads(run.stdout)
+    assert list(rows) == ["fused", "receiver alone"]
+    assert rows["fused"]["plan"] == "int4:token before value_norm@25%"
+    assert rows["fused"]["bytes"] > rows["receiver alone"]["bytes"] == 0
+    whole = json.loads(in_process("ask", *models, *options).stdout)["fused"]
+    assert whole["bytes"] > rows["fused"]["bytes"]
+    longer = json.loads(in_process("ask", *models, *options, "-c", context).stdout)["fused"]
+    assert longer["context_tokens"] > whole["context_tokens"] > 5
+    table = in_process("ask", *models, "-q", "Who?", "-b", "50%", "--max-new-tokens", 2)
+    assert "receiver alone" in table.stdout
+    assert "first token" in table.stdout
+
+
+def test_a_trained_fuser_is_evaluated_with_its_controls(
+    fusers: tuple[Path, Path], tiny_folder: Path, other_folder: Path, tmp_path: Path
+) -> None:
+    rows = [{"id": str(n), "question": f"Which is mill {n}?", "choices": ["old", "new"], "answer": 0} for n in range(4)]
+    (tmp_path / "arc.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    models = ("-s", other_folder, "-r", tiny_folder, "--fuser", fusers[0], "--self-fuser", fusers[1])
+    arms = ("--arms", "receiver,fused,wrong,zeroed,self", "-p", "int4 value_norm@25%")
+    asked = ("--task", "arc_easy", "--data", tmp_path / "arc.jsonl", "--protocol", "likelihood")
+    run = in_process("eval", *models, *arms, *asked, "--out", tmp_path / "arc")
+    assert run.returncode == 0, run.stderr
+    found = {row["kind"]: row for row in json.loads((tmp_path / "arc" / "summary.json").read_text())["arms"]}
+    assert list(found) == ["receiver", "fused", "wrong", "zeroed", "self"]
+    assert [kind for kind, row in found.items() if "gain" in row] == ["fused"]
+    invented = ("--task", "invented", "--limit", 8, "--metrics", "f1,nll", "--time", 1)
+    run = in_process("eval", *models, *arms, *invented, "--out", tmp_path / "invented")
+    assert run.returncode == 0, run.stderr
+    timed = {row["arm"] for row in json.loads((tmp_path / "invented" / "timings.json").read_text())}
+    assert timed == {"receiver", "fused int4:token value_norm@25%", "self int4:token value_norm@25%"}
+    page = in_process("report", tmp_path / "arc", "-o", tmp_path / "report.html")
+    assert page.returncode == 0, page.stderr
+
+
+def test_mistakes_with_fusers_are_one_line(
+    fusers: tuple[Path, Path], translator: Path, tiny_folder: Path, other_folder: Path, tmp_path: Path, context: Path
+) -> None:
+    models = ("-s", other_folder, "-r", tiny_folder)
+    ask = ("ask", *models, "-q", "Who?", "--max-new-tokens", 2)
+    refused(in_process(*ask), "give --context")
+    refused(in_process(*ask, "--fuser", translator), "a translator, no fuser: give it by --adapter")
+    refused(in_process(*ask, "-c", context, "--adapter", fusers[0]), "a fuser, no translator: give it by --fuser")
+    refused(in_process(*ask, "--fuser", tmp_path / "none"), "no adapter")
+    refused(in_process(*ask, "--fuser", fusers[1]), "this adapter's sharer is", "kvtalk train fuser")
+    refused(in_process(*ask[:-4], "-q", " ", "--fuser", fusers[0]), "the question is empty")
+    refused(in_process(*ask, "--fuser", fusers[0], "-b", "50"), "too small")
+    refused(in_process(*ask, "--fuser", fusers[0], "-p", "int8 layers=0"), "a fuser chooses the layers itself")
+    evaluate = ("eval", *models, "--limit", 8, "--out", tmp_path / "run")
+    fused = "the arm fused needs a fuser, and a fuser the arm fused"
+    refused(in_process(*evaluate, "--arms", "receiver,fused"), fused)
+    refused(in_process(*evaluate, "--arms", "receiver,text", "--fuser", fusers[0]), fused)
+    refused(in_process(*evaluate, "--arms", "fused,self", "--fuser", fusers[0]), "--self-fuser")
+    refused(in_process(*evaluate, "--arms", "fused,cache", "--fuser", fusers[0]), "run them apart")
+    refused(in_process(*evaluate, "--arms", "fused", "--fuser", translator), "a translator, no fuser")
+    refused(in_process(*evaluate, "--arms", "fused", "--fuser", fusers[0], "--self-fuser", fusers[0]), "sharer is")
+    assert not (tmp_path / "run").exists()
+
+
+def test_mistakes_in_training_a_fuser_are_one_line(tiny_folder: Path, other_folder: Path, tmp_path: Path) -> None:
+    texts, rows = tmp_path / "texts.jsonl", tmp_path / "rows.jsonl"
+    texts.write_text("".join(json.dumps({"text": CONTEXT}) + "\n" for _ in range(20)), "utf-8")
+    rows.write_text("".join(json.dumps({"prompt": CONTEXT, "response": f"{n}"}) + "\n" for n in range(20)), "utf-8")
+    out = ("--out", tmp_path / "out", "--hidden", 64)
+    start = ("train", "fuser", "-s", "/no/model", "-r", "/no/model", *out)
+    refused(in_process(*start, "--data", texts), "row 1 has text; a fuser learns answers: expected prompt, response")
+    refused(in_process(*start, "--data", tmp_path / "absent.jsonl"), "absent.jsonl")
+    refused(in_process(*start, "--data", rows), "no model")
+    start = ("train", "fuser", "-s", other_folder, "-r", tiny_folder, *out, "--data", rows)
+    refused(in_process(*start, "--codec", "zip"), "no codec 'zip'")
+    refused(in_process(*start, "--keep", 0.5, "--policy", "magic"), "no token policy 'magic'")
+    refused(in_process(*start, "--alignment", "mean"), "use first, last, coverage")
+    refused(in_process(*start, "--layers", "upside-down"), "upside-down")
+    refused(in_process(*start, "--packing", "int9"), "no codec 'int9'")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_stream_of_parts_reads_like_one_packet(tmp_path: Path, context: Path, tiny_folder: Path) -> None:

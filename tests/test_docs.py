@@ -27,6 +27,7 @@ README = (ROOT / "README.md").read_text("utf-8")
 sys.path.insert(0, str(ROOT / "benchmarks"))
 tables = importlib.import_module("tables")
 RESULTS = (ROOT / "docs" / "results.md").read_text("utf-8")
+FUSER = (ROOT / "docs" / "fuser.md").read_text("utf-8")
 TRANSLATOR = (ROOT / "docs" / "translator.md").read_text("utf-8")
 EVALUATION = (ROOT / "docs" / "evaluation.md").read_text("utf-8")
 
@@ -52,9 +53,12 @@ def test_readme_lists_every_method() -> None:
         ("latency", RESULTS),
         ("across", README),
         ("translator", TRANSLATOR),
+        ("ceilings", TRANSLATOR),
         ("latents", TRANSLATOR),
         ("text", TRANSLATOR),
         ("decoding", TRANSLATOR),
+        ("fused", FUSER),
+        ("fusing", FUSER),
     ],
 )
 def test_figures_in_tables_are_those_of_the_results(name: str, page: str) -> None:

@@ -23,12 +23,14 @@ import torch
 import transformers
 
 import kvtalk
+from kvtalk.adapters.store import Card
 from kvtalk.errors import InputError
 from kvtalk.evaluation.arms import Arm
 from kvtalk.evaluation.batch import Settings
 from kvtalk.evaluation.data import Item, digest
 from kvtalk.evaluation.protocols import Protocol
 from kvtalk.evaluation.summary import Record, read_records, route
+from kvtalk.fusion import FusedLink
 from kvtalk.link import Link
 from kvtalk.transport.file import saving
 
@@ -49,6 +51,9 @@ _FIXED = (
 )
 """What may not change between the starts of one run."""
 
+_SELF = "self_adapter"
+"""Which fuser serves the arm self; may be named later than the run was begun, but not changed."""
+
 _ABOUT = ("command", "device", "versions", "started")
 """What may, and is kept of every start."""
 
@@ -63,12 +68,14 @@ def describe(
 ) -> dict[str, Any]:
     """The manifest of a run."""
     lm, task = link.receiver.lm, protocol.task
+    own = link.own if isinstance(link, FusedLink) else None
     return {
         "command": shlex.join(["kvtalk", *sys.argv[1:]]),
         "task": {"name": task.name, "title": task.title, "licence": task.licence, "protocol": protocol.name},
         "sharer": {"name": link.sharer.lm.name, **asdict(link.sharer.lm.spec.fingerprint)},
         "receiver": {"name": lm.name, **asdict(lm.spec.fingerprint)},
-        "adapter": link.card and {"identity": link.card.identity, **asdict(link.card.geometry)},
+        "adapter": _adapter(link.card),
+        _SELF: _adapter(own.sharers[0].side.card if own is not None else None),
         "prompt": protocol.prompt_facts(lm),
         "items": {"count": len(items), "xxh3": digest(items), "left_out": list(left_out)},
         "metrics": list(protocol.metrics),
@@ -134,6 +141,9 @@ def _continued(out: Path, now: dict[str, Any]) -> dict[str, Any]:
     """The manifest of a run that goes on."""
     before = read_manifest(out)
     different = [key for key in _FIXED if before.get(key) != now[key]]
+    own = before.get(_SELF)
+    if own and now[_SELF] and own != now[_SELF]:
+        different.append(_SELF)
     if not all(arm in now["arms"] for arm in before["arms"]):
         different.append("arms")
     finished = now["arms"] == before["arms"] and not (out / LOG).exists()
@@ -144,7 +154,11 @@ def _continued(out: Path, now: dict[str, Any]) -> dict[str, Any]:
     if all(now[key] == before.get(key) for key in ("arms", "device", "versions")):
         return before
     earlier = [*before.get("earlier", ()), {key: before.get(key) for key in _ABOUT}]
-    return {**before, **{key: now[key] for key in (*_ABOUT, "arms")}, "earlier": earlier}
+    return {**before, **{key: now[key] for key in (*_ABOUT, "arms")}, _SELF: own or now[_SELF], "earlier": earlier}
+
+
+def _adapter(card: Card | None) -> dict[str, Any] | None:
+    return None if card is None else {"identity": card.identity, **asdict(card.geometry)}
 
 
 def open_log(out: Path) -> set[tuple[str, str]]:

@@ -31,6 +31,7 @@ from kvtalk.evaluation.metrics import METRICS
 from kvtalk.evaluation.protocols import Protocol
 from kvtalk.evaluation.statistics import binomial_test
 from kvtalk.evaluation.summary import plan_from, read_records, summarize, write_summary
+from kvtalk.evaluation.tasks import task_named
 from kvtalk.fusion import FusedLink
 from kvtalk.link import Link, Receiver
 
@@ -67,11 +68,11 @@ def run(
     if not items:
         raise InputError(f"every item is longer than {link.receiver.lm.name} or {link.sharer.lm.name} reads")
     check_arms(protocol, items, arms)
+    fused = isinstance(link, FusedLink)
+    if fused != any(arm.kind == "fused" for arm in arms):
+        raise InputError("the arm fused needs a fuser, and a fuser the arm fused: give --fuser and --arms fused,...")
     if any(arm.kind in TRANSFERS for arm in arms):
         link.check()
-    fused = isinstance(link, FusedLink)
-    if fused != any(arm.kind == "fused" for arm in arms) and any(arm.kind in TRANSFERS for arm in arms):
-        raise InputError("the arm fused needs a fuser, and a fuser the arm fused: give --fuser and --arms fused,...")
     if isinstance(link, FusedLink) and link.own is None and any(arm.kind == "self" for arm in arms):
         raise InputError(
             "the arm self needs a fuser that was trained with the receiver as its own sharer: --self-fuser"
@@ -105,7 +106,8 @@ def recompute(out: Path) -> dict[str, Any]:
     """
     manifest = folder.read_manifest(out)
     arms = [Arm(**{**arm, "plan": plan_from(arm["plan"])}) for arm in manifest["arms"]]
-    summary = summarize(read_records(out), arms, manifest["metrics"], manifest["items"]["count"])
+    contexts = task_named(manifest["task"]["name"]).has_context
+    summary = summarize(read_records(out), arms, manifest["metrics"], manifest["items"]["count"], contexts)
     summary = {"task": manifest["task"], **summary}
     write_summary(out, summary)
     return summary
@@ -181,7 +183,9 @@ def _batches(link: Link, protocol: Protocol, items: Sequence[Item], settings: Se
     ordered = sorted(items, key=_length)
     contexts = list(dict.fromkeys(item.context for item in ordered if isinstance(item, Passage)))
     following = dict(zip(contexts, contexts[1:] + contexts[-2:-1], strict=False))
-    others = {item.id: other for item, other in zip(ordered, ordered[1:] + ordered[-2:-1], strict=False)}
+    asked = list({item.question: item for item in ordered}.values())
+    after = dict(zip((item.question for item in asked), asked[1:] + asked[-2:-1], strict=False))
+    others = {item.id: after[item.question] for item in ordered if item.question in after}
     for start in range(0, len(ordered), settings.batch):
         yield Batch(link, protocol, ordered[start : start + settings.batch], following, settings, others)
 

@@ -91,11 +91,14 @@ def plan_from(fields: Mapping[str, Any] | None) -> Plan | None:
     return Plan(**fields) if fields else None
 
 
-def summarize(records: Iterable[Record], arms: Sequence[Arm], metrics: Sequence[str], count: int) -> dict[str, Any]:
+def summarize(
+    records: Iterable[Record], arms: Sequence[Arm], metrics: Sequence[str], count: int, contexts: bool = True
+) -> dict[str, Any]:
     """Figures per arm: means with 95% bootstrap intervals, and paired differences in the leading metric.
 
     ``gain`` is the figure minus that of the better destroyed cache, wrong or zeroed, sent in the same way, or for a
-    fuser of the best of these and self: what the sharer bought. It stands only where all were run.
+    fuser of the best of these and self: what the sharer bought. It stands only where all were run. Where there are
+    contexts, which only the sharer reads, self has read them too and is no control.
 
     Raises:
         InputError: records are missing.
@@ -116,7 +119,7 @@ def summarize(records: Iterable[Record], arms: Sequence[Arm], metrics: Sequence[
         row["bits_per_value"] = round(sum(ours["bits_per_value"]) / count, 3)
         if arm.kind == "routing":
             row["sharer_share"] = round(sum(who == "sharer" for who in ours["plan"]) / count, 4)
-        control = _control(arm, arms, columns, lead)
+        control = _control(arm, arms, columns, lead, contexts)
         if control is not None:
             row["control"] = control
             row["gain"] = _difference(ours, columns[control], lead)
@@ -201,13 +204,14 @@ def _columns(records: Iterable[Record], arms: Sequence[Arm], metrics: Sequence[s
     return found
 
 
-def _control(arm: Arm, arms: Sequence[Arm], columns: Mapping[str, Mapping[str, list[Any]]], lead: str) -> str | None:
+def _control(
+    arm: Arm, arms: Sequence[Arm], columns: Mapping[str, Mapping[str, list[Any]]], lead: str, contexts: bool
+) -> str | None:
     """The better of the destroyed caches that were sent the same way, for a fuser also the receiver's own cache in the
     sharer's place; None unless all of them were."""
-    fused = any(other.kind == "fused" for other in arms)
-    if arm.kind not in (("fused",) if fused else ("cache", "self")):
+    if arm.kind not in (("cache", "fused", "self") if contexts else ("fused",)):
         return None
-    needed = (*DESTROYED, "self") if fused else DESTROYED
+    needed = DESTROYED if contexts else (*DESTROYED, "self")
     names = [other.name for other in arms if other.kind in needed and other.way == arm.way]
     if len(names) < len(needed):
         return None

@@ -20,7 +20,8 @@ from kvtalk.evaluation.arms import Arm
 from kvtalk.evaluation.batch import Settings
 from kvtalk.evaluation.data import Item, Passage
 from kvtalk.evaluation.protocols import Protocol
-from kvtalk.link import Cost, Link, Receiver
+from kvtalk.fusion import FusedLink
+from kvtalk.link import Answer, Cost, Link, Receiver
 from kvtalk.models import LM
 from kvtalk.transport.file import saving
 
@@ -71,13 +72,15 @@ def medians(out: Path) -> dict[str, dict[str, float]]:
 def _once(link: Link, protocol: Protocol, item: Item, arm: Arm, settings: Settings) -> dict[str, float]:
     """Seconds of each phase of one question."""
     seconds = dict.fromkeys(PHASES, 0.0)
-    if arm.kind in ("cache", "self") and isinstance(item, Passage):
+    if isinstance(link, FusedLink) and arm.kind in ("fused", "self"):
+        seconds.update(_phases(_fused(link, protocol, item, arm)))
+    elif arm.kind in ("cache", "self") and isinstance(item, Passage):
         pair = link if arm.kind == "cache" else Link(link.receiver.lm, link.receiver.lm)
         tokens = protocol.task.max_new_tokens
         made = pair.ask(
             item.context, item.question, budget=arm.budget, plan=arm.plan, gaps=arm.gaps, max_new_tokens=tokens
         )
-        seconds.update({name: value for name, value in asdict(made.cost).items() if name in seconds})
+        seconds.update(_phases(made))
     else:
         side = Receiver(link.sharer.lm) if arm.kind == "sharer" else link.receiver
         background = item.context if isinstance(item, Passage) and arm.kind in ("sharer", "text") else None
@@ -92,6 +95,19 @@ def _once(link: Link, protocol: Protocol, item: Item, arm: Arm, settings: Settin
     total = sum(seconds.values())
     receiver = seconds["decode"] + seconds["place"] + seconds["first_token"]
     return {**seconds, "receiver_first_token": receiver, "to_first_token": total - seconds["rest"], "total": total}
+
+
+def _fused(link: FusedLink, protocol: Protocol, item: Item, arm: Arm) -> Answer:
+    """One question to both models."""
+    fusion = link.own if arm.kind == "self" and link.own is not None else link.fusion
+    sharer, lm = fusion.sharers[0].side.lm, fusion.receiver.lm
+    theirs, ours = protocol.fused_prompts(sharer, lm, item)
+    tokens, stop = protocol.answer_tokens, protocol.answer_stop(lm)
+    return fusion.answer([theirs], ours, budget=arm.budget, plan=arm.plan, max_new_tokens=tokens, stop=stop)
+
+
+def _phases(made: Answer) -> dict[str, float]:
+    return {name: value for name, value in asdict(made.cost).items() if name in PHASES}
 
 
 def _written(

@@ -57,8 +57,6 @@ def translator(
 
     Both models stay frozen. A stopped run goes on from its last checkpoint when the same command is given again.
     """
-    from accelerate import PartialState
-
     from kvtalk.adapters.store import Party, save_adapter
     from kvtalk.adapters.translator import Geometry, Translator
     from kvtalk.models import LM
@@ -69,7 +67,7 @@ def translator(
 
     texts = Texts.load(data)
     with out.status("loading ..."):
-        device = str(PartialState().device)
+        device = _device()
         reads = LM.load(sharer, device=device)
         answers = reads if receiver == sharer else LM.load(receiver, device=device)
     parties = (Party(reads.name, reads.spec.fingerprint), Party(answers.name, answers.spec.fingerprint))
@@ -145,8 +143,6 @@ def fuser(
 
     Both models stay frozen. A stopped run goes on from its last checkpoint when the same command is given again.
     """
-    from accelerate import PartialState
-
     from kvtalk.adapters.fuser import Fuser, FuserGeometry, Shape, narrowed
     from kvtalk.adapters.store import Party, save_adapter
     from kvtalk.alignment.layers import layer_map
@@ -157,7 +153,7 @@ def fuser(
 
     exchanges = Exchanges.load(data)
     with out.status("loading ..."):
-        device = str(PartialState().device)
+        device = _device()
         reads = LM.load(sharer, device=device)
         answers = reads if receiver == sharer else LM.load(receiver, device=device)
     parties = (Party(reads.name, reads.spec.fingerprint), Party(answers.name, answers.spec.fingerprint))
@@ -212,8 +208,6 @@ def lora(
 
     Use it as a model of its own: --receiver 'NAME+FOLDER'.
     """
-    from accelerate import PartialState
-
     from kvtalk.models import LM
     from kvtalk.training.batches import Recipe
     from kvtalk.training.loop import Schedule
@@ -222,7 +216,7 @@ def lora(
 
     texts = Texts.load(data)
     with out.status("loading ..."):
-        lm = LM.load(receiver, device=str(PartialState().device))
+        lm = LM.load(receiver, device=_device())
     schedule = Schedule(steps=steps, rate=rate, optimizer="adamw")
     recipe = Recipe(schedule, regression=0.0, tokens=tokens, questions=questions, longest=longest, seed=seed)
     run = training(lm, texts, rank, recipe, out_folder)
@@ -231,6 +225,14 @@ def lora(
         return
     trained.save_pretrained(out_folder)
     out.print(f"next: kvtalk eval --task squad --receiver '{receiver}+{out_folder}' --arms text ...", highlight=False)
+
+
+def _device() -> str:
+    """Of this process."""
+    import torch
+    from accelerate import PartialState
+
+    return str(PartialState(cpu=not torch.cuda.is_available()).device)
 
 
 def _go(run: Loop, steps: int, check_every: int) -> Any:

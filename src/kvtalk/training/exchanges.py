@@ -26,7 +26,7 @@ _USAGE = "prompt, response; or question, choices, answer (index of the right one
 _RESPONSE = 240
 """Characters of a response that are learned at most."""
 _LONGEST = 3000
-"""Characters of a prompt; longer ones are left out."""
+"""Characters of an instruction's prompt at most; what is longer is cut."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,8 @@ class FusedBatch:
         counts: tokens of the shared text at the sharer.
         receiver: what it reads, but for the last token of each prompt.
         pairs: aligned tokens.
+        lent: all aligned tokens; where the shared text ends the prompt, also the receiver's last one, which is not
+            enriched: what it is aligned with crosses all the same.
         tails: that last token and the answer, but for its last token.
         answers: the answers.
         lengths: their characters.
@@ -93,6 +95,7 @@ class FusedBatch:
     counts: list[int]
     receiver: list[list[int]]
     pairs: Pairs
+    lent: Pairs
     tails: list[list[int]]
     answers: list[list[int]]
     lengths: list[int]
@@ -144,8 +147,9 @@ class Exchanges:
         return str(xxhash.xxh3_64_hexdigest(repr(self.rows).encode()))
 
     def split(self, share: float) -> tuple[Exchanges, Exchanges]:
-        """A training and a validation part."""
-        cuts = {kind: max(1, int(share * len(listed))) for kind, listed in self.rows.items()}
+        """A training and a validation part, the latter with two rows of a kind at least where there are four: one row
+        alone has no other that a wrong cache could come from."""
+        cuts = {kind: max(2 if len(listed) >= 4 else 1, int(share * len(listed))) for kind, listed in self.rows.items()}
         return (
             Exchanges({kind: listed[: -cuts[kind]] for kind, listed in self.rows.items() if len(listed) > cuts[kind]}),
             Exchanges({kind: listed[-cuts[kind] :] for kind, listed in self.rows.items()}),
@@ -225,13 +229,16 @@ class FusedBatches(Dataset[FusedBatch]):
         receiver, starts, own = ours.read(prompts)
         receiver = [row + ours.ids(prompt.after) for row, prompt in zip(receiver, prompts, strict=True)]
         answers = [ours.ids(one.answer) + ours.end * one.ends for one in exchanges]
-        lengths = [len(row) - 1 for row in receiver]
+        lengths = torch.tensor([len(row) - 1 for row in receiver])
+        ends = [start + len(one.ids) for start, one in zip(starts, own, strict=True)]
+        lent = paired(shared, own, starts, ends, self.mixture.alignment)
         return FusedBatch(
             sharer=sharer,
             begins=begins,
             counts=[len(one.ids) for one in shared],
             receiver=[row[:-1] for row in receiver],
-            pairs=paired(shared, own, starts, lengths, self.mixture.alignment),
+            pairs=lent.at(lent.ours < lengths[lent.rows]),
+            lent=lent,
             tails=[row[-1:] + answer[:-1] for row, answer in zip(receiver, answers, strict=True)],
             answers=answers,
             lengths=[len(one.answer.strip()) for one in exchanges],
@@ -301,12 +308,16 @@ def letter_turn(row: Multiple) -> str:
     return LETTER_PROMPT.format(question=row.question, choices=options)
 
 
-def wrong_pairs(batch: FusedBatch) -> Pairs:
-    """Each row's tokens paired with those of another question, at the same place in relation to its length."""
+def wrong_pairs(batch: FusedBatch) -> Pairs | None:
+    """Each row's tokens paired with those of another question, at the same place in relation to its length; None where
+    all rows ask the same."""
     pairs, counts = batch.pairs, torch.tensor(batch.counts)
-    first = {question: row for row, question in reversed(list(enumerate(batch.questions)))}
+    asked = [tuple(row) for row in batch.sharer]
+    first = {text: row for row, text in reversed(list(enumerate(asked)))}
+    if len(first) == 1:
+        return None
     others = dict(zip(first, [*first.values()][1:] + [*first.values()][:1], strict=True))
-    rows = torch.tensor([others[question] for question in batch.questions])[pairs.rows]
+    rows = torch.tensor([others[text] for text in asked])[pairs.rows]
     return Pairs(rows, pairs.ours, pairs.theirs * counts[rows] // counts[pairs.rows])
 
 
@@ -314,14 +325,23 @@ def _read(row: dict[str, Any], number: int) -> Row:
     if row.keys() >= {"context", "question", "answers"}:
         return question_in(row, number)
     if row.keys() >= {"question", "choices", "answer"}:
-        choices, answer = row["choices"], row["answer"]
-        worded = isinstance(choices, list) and all(isinstance(text, str) and text.strip() for text in choices)
-        if worded and isinstance(answer, int) and 0 <= answer < len(choices) and str(row["question"]).strip():
-            return Multiple(str(row["question"]), tuple(choices), answer)
-        raise TrainingError(f"row {number}: choices must be texts, and answer the index of the right one, from 0")
+        question, choices, answer = row["question"], row["choices"], row["answer"]
+        if not _worded(question):
+            raise TrainingError(f"row {number}: question must be a text that is not empty")
+        if not isinstance(choices, list) or not choices or not all(map(_worded, choices)):
+            raise TrainingError(f"row {number}: choices must be a list of texts that are not empty")
+        if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
+            raise TrainingError(f"row {number}: answer must be the index of the right one of the choices, from 0")
+        return Multiple(question, tuple(choices), answer)
     if row.keys() >= {"prompt", "response"}:
         texts = [row["prompt"], row["response"]]
-        if all(isinstance(text, str) and text.strip() for text in texts):
+        if all(map(_worded, texts)):
             return Instruction(texts[0].strip()[:_LONGEST], texts[1].strip())
         raise TrainingError(f"row {number}: prompt and response must be texts that are not empty")
-    raise TrainingError(f"row {number} has {', '.join(map(str, row))}; a fuser learns answers: expected {_USAGE}")
+    raise TrainingError(
+        f"row {number} has {', '.join(map(str, row)) or 'nothing'}; a fuser learns answers: expected {_USAGE}"
+    )
+
+
+def _worded(text: Any) -> bool:
+    return isinstance(text, str) and bool(text.strip())

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
@@ -89,7 +90,9 @@ class Fusing:
 
     @contextmanager
     def during(self, module: nn.Module, step: int) -> Iterator[None]:
-        """Gates as warm as the step wants them; in the last steps matrices as the adapter's file will hold them."""
+        """Gates as warm as the step wants them, their noise drawn anew for each step, so that a run that was stopped
+        draws what it would have drawn; in the last steps matrices as the adapter's file will hold them."""
+        torch.manual_seed(crc32(f"{self.recipe.seed} {step}".encode()))
         fuser = _fuser(module)
         fuser.temperature = self.recipe.temperature(step)
         with rounded(module, self.recipe.packing if self.recipe.settles(step) else None):
@@ -97,20 +100,22 @@ class Fusing:
 
     @torch.no_grad()
     def measure(self, module: nn.Module) -> dict[str, float]:
-        """Answers' loss on kept-back rows with the right sharer cache, wrong, zeroed and none; for multiple choice the
-        share of right answers, by likelihood a character."""
+        """Answers' loss on kept-back rows with the right sharer cache, wrong (if there is another question), zeroed and
+        none; for multiple choice the share of right answers, by likelihood a character."""
         fuser = _fuser(module)
         fuser.eval()
         found = {"gates open": float(fuser.is_open.float().mean())}
         try:
             for kind, batch in self.checks.items():
-                ways: dict[str, tuple[Any, Pairs]] = {
+                ways: dict[str, tuple[Any, Pairs | None]] = {
                     "": (fuser, batch.pairs),
                     " wrong": (fuser, wrong_pairs(batch)),
                     " zeroed": (fuser, batch.pairs),
                     " alone": (None, batch.pairs),
                 }
                 for name, (used, pairs) in ways.items():
+                    if pairs is None:
+                        continue
                     total, entropies = self._answered(used, batch, pairs, zeroed=name == " zeroed")
                     found[f"{kind}{name}"] = float(total)
                     if kind == "choices":
@@ -226,12 +231,11 @@ def _packed(layer: LayerCache, plan: Plan) -> LayerCache:
 
 
 def _dropped(layer: LayerCache, batch: FusedBatch, plan: Plan, pairs: Pairs, columns: Tensor) -> Tensor:
-    """Which pairs' sharer tokens a plan's token policy leaves out, bool ``[pairs]``; only aligned tokens are chosen
-    from."""
+    """Which pairs' sharer tokens a plan's token policy leaves out, bool ``[pairs]``; it chooses from the aligned tokens
+    of each row, of which there is at least one."""
     positions = torch.full_like(layer.positions, PADDING)
-    begins = torch.tensor(batch.begins)
-    theirs = batch.pairs.theirs + begins[batch.pairs.rows]
-    positions[batch.pairs.rows, theirs] = theirs
+    theirs = batch.lent.theirs + torch.tensor(batch.begins)[batch.lent.rows]
+    positions[batch.lent.rows, theirs] = theirs
     held = replace(layer, positions=positions)
     counts = [kept_count(plan.keep, int(count)) for count in (positions != PADDING).sum(dim=1)]
     kept = plan.choose(held, counts).positions

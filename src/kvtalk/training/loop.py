@@ -98,7 +98,8 @@ class Loop:
             TrainingError: the folder holds a run of other settings, or an unknown optimizer.
         """
         torch.backends.cuda.enable_cudnn_sdp(False)  # it would prepare itself anew for every shape
-        self.accelerator = Accelerator(mixed_precision="bf16" if torch.cuda.is_available() else "no")
+        gpu = torch.cuda.is_available()
+        self.accelerator = Accelerator(cpu=not gpu, mixed_precision="bf16" if gpu else "no")
         self.objective, self.batches, self.schedule, self.out = objective, batches, schedule, out
         optimizers = _optimizers(module, schedule)
         self.wrapped, *self.optimizers = self.accelerator.prepare(module, *optimizers)

@@ -1,0 +1,552 @@
+"""Training a fuser: what it is taught, that it resumes, and that training computes what inference does."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import chain, pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from conftest import byte_tokenizer, tiny_lm
+from kvtalk import Plan
+from kvtalk.adapters.fuser import Fuser, FuserGeometry
+from kvtalk.adapters.fusing import ReceiverSide, SharerSide, bare_layers, chat_prompt, prompt_of
+from kvtalk.adapters.store import Party, load_fuser, read_card, save_adapter
+from kvtalk.alignment.tokens import NONE, align, tokenize
+from kvtalk.errors import TrainingError
+from kvtalk.fusion import FusedReceiver, FusedSharer
+from kvtalk.models import LM
+from kvtalk.packet import Packet
+from kvtalk.prompts import BARE
+from kvtalk.training import fuser as fuser_training
+from kvtalk.training.exchanges import (
+    Exchange,
+    Exchanges,
+    FusedBatch,
+    FusedBatches,
+    Instruction,
+    Mixture,
+    Multiple,
+    Prompt,
+    letter_turn,
+    wrong_pairs,
+)
+from kvtalk.training.fuser import FuserRecipe, Fusing, training
+from kvtalk.training.loop import Loop, Schedule
+from kvtalk.training.texts import Question
+from test_fuser import geometry_of, other_lm, random_fuser
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+CHOICE = {"question": "Which gas do the plants take in?", "choices": ["oxygen", "carbon dioxide"], "answer": 1}
+ASKED = {
+    "context": "The ferry was built by the Harlow yard.",
+    "question": "Who built the ferry?",
+    "answers": ["Harlow"],
+}
+TOLD = {"prompt": "Name the tallest bird.", "response": "The ostrich"}
+SCHEDULE = Schedule(12, rate=3e-3, warm_up=2, optimizer="adamw")
+RECIPE = FuserRecipe(SCHEDULE, Mixture(rows=6, tokens=1024), seed=3)
+PACKED = "int4 value_norm@25%"
+
+
+def rows(count: int = 8) -> list[dict[str, Any]]:
+    """So many of each form, of many lengths."""
+    made = []
+    for number in range(count):
+        many = "and more " * (number % 4)
+        made += [
+            {**CHOICE, "question": f"Which is the number {many}{number}?", "answer": number % 2},
+            {"context": f"Box {many}{number} is red.", "question": f"Which is box {number}?", "answers": ["red"]},
+            {"prompt": f"Say {many}{number}.", "response": f"It is {number}"},
+        ]
+    return made
+
+
+@pytest.fixture(scope="module")
+def models() -> tuple[LM, LM]:
+    return other_lm(), tiny_lm("gemma3")
+
+
+@pytest.fixture(scope="module")
+def geometry(models: tuple[LM, LM]) -> FuserGeometry:
+    return geometry_of(*models)
+
+
+def batches(models: tuple[LM, LM], mixture: Mixture = RECIPE.mixture, seed: int = 0) -> FusedBatches:
+    return FusedBatches(Exchanges.of(rows()), *models, mixture, 10, seed)
+
+
+def content(batch: FusedBatch) -> Any:
+    pairs = [tensor.tolist() for some in (batch.pairs, batch.lent) for tensor in vars(some).values()]
+    return {name: value for name, value in vars(batch).items() if name not in ("pairs", "lent")}, pairs
+
+
+def varied(models: tuple[LM, LM]) -> tuple[list[Exchange], FusedBatch]:
+    """Prompts of many lengths, with and without text around the shared one, and with what is left out."""
+    made = batches(models)
+    every = [made.exchange(row, random.Random(7)) for kind in made.exchanges.rows.values() for row in kind[:3]]
+    every.append(Exchange(Prompt("Notes.", " the"), Prompt("Q:", " the"), " x", ends=False))
+    return every, made.of(every, "instructions")
+
+
+# What is taught
+
+
+def test_rows_of_each_form_are_read(models: tuple[LM, LM], tmp_path: Path) -> None:
+    loaded = Exchanges.of([CHOICE] * 5 + [ASKED] * 6 + [TOLD] * 7)
+    assert {kind: len(listed) for kind, listed in loaded.rows.items()} == {"choices": 5, "oracle": 6, "instructions": 7}
+    assert loaded.rows["choices"][0] == Multiple(CHOICE["question"], ("oxygen", "carbon dioxide"), 1)
+    assert loaded.rows["oracle"][0] == Question(ASKED["context"], ASKED["question"], ("Harlow",))
+    assert loaded.rows["instructions"][0] == Instruction(*TOLD.values())
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows()), "utf-8")
+    with gzip.open(tmp_path / "b.jsonl.gz", "wt", encoding="utf-8") as file:
+        file.write(json.dumps(TOLD) + "\n")
+    from_files = Exchanges.load([str(tmp_path / name) for name in ("a.jsonl", "b.jsonl.gz")])
+    assert from_files.digest == Exchanges.of([*rows(), TOLD]).digest != loaded.digest
+
+
+def test_both_models_read_the_same_and_only_the_sharer_the_context(models: tuple[LM, LM]) -> None:
+    asked = batches(models).exchange(Question(*list(ASKED.values())[:2], ("Harlow",)), random.Random(0))
+    assert asked.sharer == prompt_of(BARE, ASKED["question"], ASKED["context"])
+    assert asked.receiver == prompt_of(BARE, ASKED["question"])
+    assert (asked.answer, asked.ends) == (" Harlow\n", False)
+    row = Multiple(CHOICE["question"], tuple(CHOICE["choices"]), 1)
+    lettered = batches(models, Mixture(letters=1)).exchange(row, random.Random(0))
+    assert lettered.sharer == lettered.receiver == Prompt("", letter_turn(row))
+    assert (lettered.answer, lettered.ends) == (" B", True)
+    worded = batches(models, Mixture(letters=0, bare=0)).exchange(row, random.Random(0))
+    assert worded.receiver == Prompt("", f"Question: {CHOICE['question']}\nAnswer:")
+    assert (worded.answer, worded.ends) == (" carbon dioxide", False)
+    told = batches(models).exchange(Instruction("Say it.", "word " * 99), random.Random(0))
+    assert (told.receiver, told.ends) == (Prompt("", "Say it."), False)
+    assert told.answer.startswith("\nword word")
+    assert len(told.answer) <= 241
+
+
+def test_a_chat_template_stands_around_what_is_shared(models: tuple[LM, LM]) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "<u>{{ messages[0]['content'] }}</u>{% if add_generation_prompt %}<a>{% endif %}"
+    chats = LM(tiny_lm("llama").model, tokenizer, "chats", BARE)
+    made = batches((models[0], chats)).exchange(Instruction("Say it.", "word"), random.Random(0))
+    assert made.sharer == Prompt("", "Say it.")
+    assert made.receiver == chat_prompt(tokenizer, "Say it.") == Prompt("<u>", "Say it.", "</u><a>")
+    assert made.answer == "word"
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({**CHOICE, "answer": 2}, "answer must be the index"),
+        ({**CHOICE, "answer": -1}, "answer must be the index"),
+        ({**CHOICE, "answer": "B"}, "answer must be the index"),
+        ({**CHOICE, "answer": True}, "answer must be the index"),
+        ({**CHOICE, "choices": "AB"}, "choices must be a list of texts"),
+        ({**CHOICE, "choices": []}, "choices must be a list of texts"),
+        ({**CHOICE, "choices": ["one", " "]}, "choices must be a list of texts"),
+        ({**CHOICE, "choices": ["one", 2]}, "choices must be a list of texts"),
+        ({**CHOICE, "question": None}, "question must be a text"),
+        ({**CHOICE, "question": " "}, "question must be a text"),
+        ({**TOLD, "prompt": ""}, "prompt and response must be texts"),
+        ({**TOLD, "response": None}, "prompt and response must be texts"),
+        ({**ASKED, "context": " "}, "context, question and at least one answer"),
+        ({**ASKED, "question": 7}, "context, question and at least one answer"),
+        ({**ASKED, "answers": []}, "context, question and at least one answer"),
+        ({**ASKED, "answers": {"text": [""]}}, "context, question and at least one answer"),
+    ],
+)
+def test_malformed_rows_are_refused_by_number_and_field(row: dict[str, Any], words: str) -> None:
+    with pytest.raises(TrainingError, match=f"^row 17: {words}") as refused:
+        Exchanges.of([*rows()[:16], row])
+    assert "\n" not in str(refused.value)
+
+
+def test_rows_without_responses_are_refused_with_what_is_expected() -> None:
+    for row, names in (({"text": "Words."}, "text"), ({"prompt": "Say it."}, "prompt"), ({}, "nothing")):
+        with pytest.raises(TrainingError, match=f"^row 17 has {names}; .*expected prompt, response; or question, cho"):
+            Exchanges.of([*rows()[:16], row])
+    with pytest.raises(TrainingError, match="15 rows are too few to train on: give at least 16"):
+        Exchanges.of(rows()[:15])
+
+
+def test_a_part_is_kept_back_with_two_rows_of_a_kind_at_least() -> None:
+    whole = Exchanges.of([*rows(30), *(dict(TOLD, prompt=f"Bird {number}?") for number in range(120))])
+    learned, kept = whole.split(0.04)
+    for kind, listed in whole.rows.items():
+        assert learned.rows[kind] + kept.rows[kind] == listed
+    assert {kind: len(listed) for kind, listed in kept.rows.items()} == {"choices": 2, "oracle": 2, "instructions": 6}
+    learned, kept = Exchanges.of([ASKED, *[TOLD] * 15]).split(0.04)
+    assert set(learned.rows) == {"instructions"}
+    assert len(kept.rows["oracle"]) == 1
+
+
+def test_a_batch_depends_on_seed_step_and_process_alone(models: tuple[LM, LM]) -> None:
+    one, other = batches(models), batches(models)
+    ahead = content(one[5, 0])
+    for key in ((0, 0), (1, 0), (5, 1)):
+        assert content(one[key]) == content(other[key]) != ahead
+    assert content(other[5, 0]) == ahead != content(batches(models, seed=1)[5, 0])
+
+
+def test_texts_are_tokenized_as_in_the_whole_prompt(models: tuple[LM, LM]) -> None:
+    every, batch = varied(models)
+    for row, exchange in enumerate(every):
+        for lm, prompt in zip(models, (exchange.sharer, exchange.receiver), strict=True):
+            parts = [lm.encode(text) for text in (prompt.before, prompt.shared, prompt.after) if text]
+            assert list(chain(*parts)) == lm.encode(prompt.before + prompt.shared + prompt.after)
+        begin, whole = batch.begins[row], batch.sharer[row]
+        assert whole[begin:] == models[0].encode(exchange.sharer.shared)
+        assert len(whole) == begin + batch.counts[row]
+        prompt = exchange.receiver
+        ids = models[1].encode(prompt.before + prompt.shared + prompt.after)
+        assert batch.receiver[row] == ids[:-1]
+        assert batch.tails[row] + batch.answers[row][-1:] == ids[-1:] + batch.answers[row]
+
+
+def test_aligned_tokens_lie_over_the_same_characters(models: tuple[LM, LM]) -> None:
+    every, batch = varied(models)
+    spans = [
+        [one.spans for one in tokenize(lm.tokenizer, [exchange.sharer.shared for exchange in every])] for lm in models
+    ]
+    for row, ours, theirs in zip(*(tensor.tolist() for tensor in vars(batch.pairs).values()), strict=True):
+        begin = len(models[1].encode(every[row].receiver.before))
+        assert ours < len(batch.receiver[row])
+        one, other = spans[0][row][theirs], spans[1][row][ours - begin]
+        assert max(one[0], other[0]) < min(one[1], other[1])
+
+
+def test_prompts_of_which_nothing_can_be_fused_are_left_out(models: tuple[LM, LM]) -> None:
+    """A receiver without BOS has read nothing before the last token of such a prompt."""
+    made = batches(models)
+    good = [Exchange(Prompt("", text), Prompt("", text), " x", ends=False) for text in ("the mill", "Who?")]
+    single = Exchange(Prompt("", "a"), Prompt("", "a"), " x", ends=False)
+    last = Exchange(Prompt("Q:", "a"), Prompt("Q:", "a"), " x", ends=False)
+    assert content(made.of([single, good[0], last, good[1]], "instructions")) == content(made.of(good, "instructions"))
+    with pytest.raises(TrainingError, match="nothing aligns in any prompt of a step"):
+        made.of([single, last], "instructions")
+
+
+def test_a_wrong_pair_is_of_another_question(models: tuple[LM, LM]) -> None:
+    made = batches(models)
+    for batch in (varied(models)[1], *made.checks(8).values()):
+        wrong = wrong_pairs(batch)
+        assert wrong is not None
+        for row, other in zip(batch.pairs.rows.tolist(), wrong.rows.tolist(), strict=True):
+            assert batch.sharer[row] != batch.sharer[other]
+            assert batch.questions[row] != batch.questions[other]
+        assert torch.equal(wrong.ours, batch.pairs.ours)
+        assert bool((wrong.theirs < torch.tensor(batch.counts)[wrong.rows]).all())
+    same = Exchange(Prompt("", "Who?"), Prompt("", "Who?"), " x", ends=False)
+    other = Exchange(Prompt("", "When was it?"), Prompt("", "When was it?"), " x", ends=False)
+    twice = wrong_pairs(made.of([same, same, other], "instructions"))
+    assert twice is not None
+    assert twice.rows.tolist() == [2] * 6 + [0] * 11
+    assert wrong_pairs(made.of([same, same], "instructions")) is None
+
+
+# What a token policy drops
+
+
+def reference(models: tuple[LM, LM], exchange: Exchange, layer: int, plan: Plan) -> set[int]:
+    """Sharer tokens of one prompt that cross, the plain way: the largest values' norms of aligned tokens."""
+    theirs, ours = (tokenize(lm.tokenizer, [exchange.sharer.shared])[0] for lm in models)
+    aligned = sorted(set(align(theirs, ours).tolist()) - {NONE})
+    before = models[0].encode(exchange.sharer.before) if exchange.sharer.before else []
+    cache, _ = models[0].read_whole([before + theirs.ids])
+    norms = cache.layers[layer].values[0].square().sum(-1).sqrt().mean(0)
+    count = -(-len(aligned) // 4) if isinstance(plan.keep, float) else min(int(plan.keep), len(aligned))
+    return set(sorted(aligned, key=lambda token: -float(norms[len(before) + token]))[:count])
+
+
+def dropped(models: tuple[LM, LM], geometry: FuserGeometry, batch: FusedBatch, plan: Plan) -> dict[int, Tensor]:
+    cache, _ = models[0].read_whole(batch.sharer)
+    layers = bare_layers(cache, models[0].spec, geometry, sorted(set(geometry.layers)))
+    columns = batch.pairs.theirs + torch.tensor(batch.begins)[batch.pairs.rows]
+    return {index: fuser_training._dropped(layer, batch, plan, batch.pairs, columns) for index, layer in layers.items()}
+
+
+@pytest.mark.parametrize("keep", ["25%", "3"])
+def test_what_training_drops_is_what_each_row_alone_would_drop(
+    models: tuple[LM, LM], geometry: FuserGeometry, keep: str
+) -> None:
+    every, batch = varied(models)
+    assert len({len(row) for row in batch.sharer}) > 6
+    plan = Plan.parse(f"bf16 value_norm@{keep}")
+    for layer, lost in dropped(models, geometry, batch, plan).items():
+        kept = [reference(models, exchange, layer, plan) for exchange in every]
+        both = zip(batch.pairs.rows.tolist(), batch.pairs.theirs.tolist(), strict=True)
+        assert lost.tolist() == [token not in kept[row] for row, token in both]
+
+
+def test_a_row_without_aligned_tokens_would_break_the_choice_and_never_comes_to_it(
+    models: tuple[LM, LM], geometry: FuserGeometry
+) -> None:
+    """As on a GPU, where it was an index out of bounds in ``LayerCache.take``."""
+    made, plan = batches(models), Plan.parse(PACKED)
+    texts = ("the mill by the sea", "\ud7ff", "Who?")
+    exchanges = [Exchange(Prompt("", text), Prompt("", text), " x", ends=False) for text in texts]
+    empty = made._of([*exchanges, Exchange(Prompt("A ", ""), Prompt("A ", ""), " x", ends=False)], "instructions")
+    assert 3 not in empty.pairs.rows
+    with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
+        dropped(models, geometry, empty, plan)
+    left = made.of([*exchanges, Exchange(Prompt("A ", ""), Prompt("A ", ""), " x", ends=False)], "instructions")
+    assert len(left.sharer) == 3
+    assert all(len(lost) == len(left.pairs.rows) for lost in dropped(models, geometry, left, plan).values())
+
+
+# Training and inference
+
+
+class Pair:
+    """A saved fuser between two models, as at inference."""
+
+    def __init__(self, models: tuple[LM, LM], folder: Path) -> None:
+        card, where = read_card(folder, "fuser")
+        fuser = load_fuser(card, where)
+        self.sharer = FusedSharer(SharerSide(card, fuser.opened(), models[0], models[1].tokenizer))
+        self.receiver = FusedReceiver(models[1], [ReceiverSide(card, fuser, models[1], models[0].tokenizer)])
+
+    def packet(self, exchange: Exchange, plan: str) -> memoryview:
+        prompt = exchange.sharer
+        return self.sharer.encode_rows([prompt], self.sharer.read(prompt), [Plan.parse(plan)])[0]
+
+    def logits(self, exchange: Exchange, plan: str, tail: list[int], answer: int) -> Tensor:
+        """After every token before the answer's, ``[answer, vocabulary]``."""
+        received = self.receiver.unpack(0, self.packet(exchange, plan))
+        last, placed = self.receiver.fuse([exchange.receiver], [[received]])
+        assert last == [tail[:1]]
+        return self.receiver.lm.logits([tail], placed)[0, -answer:]
+
+
+def saved(fuser: Fuser, models: tuple[LM, LM], folder: Path, packing: str = "fp32") -> Pair:
+    save_adapter(fuser, *(Party(lm.name, lm.spec.fingerprint) for lm in models), folder, packing)
+    return Pair(models, folder)
+
+
+@torch.no_grad()
+def trained_logits(objective: Fusing, fuser: Fuser, batch: FusedBatch, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """What training makes of each row, ``[answer, vocabulary]``, gates as at inference."""
+    seen: list[Tensor] = []
+    losses = fuser_training.token_losses
+
+    def spy(unembedding: Any, states: Tensor, *rest: Any) -> Any:
+        seen.append(unembedding(states))
+        return losses(unembedding, states, *rest)
+
+    monkeypatch.setattr(fuser_training, "token_losses", spy)
+    fuser.eval()
+    objective._answered(fuser, batch, batch.pairs)
+    return list(torch.split(seen[0], [len(answer) for answer in batch.answers]))
+
+
+def assert_same(
+    objective: Fusing, fuser: Fuser, pair: Pair, models: tuple[LM, LM], plan: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    every, batch = varied(models)
+    found = trained_logits(objective, fuser, batch, monkeypatch)
+    for row, (exchange, got) in enumerate(zip(every, found, strict=True)):
+        wanted = pair.logits(exchange, plan, batch.tails[row], len(batch.answers[row]))
+        torch.testing.assert_close(got, wanted, atol=2e-3, rtol=1e-4)
+
+
+def untaught(models: tuple[LM, LM], geometry: FuserGeometry, plan: str | None) -> Fusing:
+    return Fusing(*models, geometry, replace(RECIPE, plan=plan), {})
+
+
+@pytest.mark.parametrize(
+    ("rope", "plan"),
+    [("before", None), ("after", None), ("before", PACKED), ("after", PACKED), ("before", "nf4 back@5")],
+)
+def test_training_computes_what_inference_does(
+    models: tuple[LM, LM], rope: Any, plan: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    geometry = geometry_of(*models, rope=rope)
+    fuser = random_fuser(geometry)
+    with torch.no_grad():
+        fuser.gates[[0, 3]] = -1
+    objective = untaught(models, geometry, plan)
+    assert_same(objective, fuser, saved(fuser, models, tmp_path), models, plan or "fp32", monkeypatch)
+
+
+def test_the_fuser_matters_in_these_comparisons(
+    models: tuple[LM, LM], geometry: FuserGeometry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fuser, objective = random_fuser(geometry), untaught(models, geometry, PACKED)
+    pair, (every, batch) = saved(fuser, models, tmp_path), varied(models)
+    packed = trained_logits(objective, fuser, batch, monkeypatch)
+    none = trained_logits(objective, Fuser(geometry), batch, monkeypatch)
+    for row, exchange in enumerate(every):
+        whole = pair.logits(exchange, "fp32", batch.tails[row], len(batch.answers[row]))
+        assert (packed[row] - none[row]).abs().max() > 0.05
+        assert (whole - none[row]).abs().max() > 0.05
+    assert max(float((one - other).abs().max()) for one, other in zip(packed, none, strict=True)) > 1
+
+
+@pytest.mark.parametrize("plan", [PACKED, "int8 random@30%", "bf16 key_norm@4", "fp16 sinks_recent@50%"])
+def test_training_drops_exactly_what_the_packet_drops(
+    models: tuple[LM, LM], geometry: FuserGeometry, plan: str, tmp_path: Path
+) -> None:
+    every, batch = varied(models)
+    lost = dropped(models, geometry, batch, replace(Plan.parse(plan), rope=geometry.rope))
+    pair = saved(random_fuser(geometry), models, tmp_path)
+    for row, exchange in enumerate(every):
+        packed = list(Packet.parse(pair.packet(exchange, plan)).layers())
+        here = batch.pairs.rows == row
+        for layer, missing in lost.items():
+            assert torch.equal(~missing[here], torch.isin(batch.pairs.theirs[here], packed[layer].positions[0]))
+
+
+# The loop
+
+
+def seen_until(
+    run: Loop, until: int, check_every: int = 4, then: Callable[[int], None] | None = None
+) -> dict[int, dict[str, float]]:
+    """What is reported, by step; ends as if killed after the checkpoint of a step."""
+    seen: dict[int, dict[str, float]] = {}
+
+    class KilledError(Exception):
+        pass
+
+    def report(step: int, shown: dict[str, float]) -> None:
+        seen.setdefault(step, {}).update(shown)
+        if then is not None:
+            then(step)
+        if step == until < run.schedule.steps and "gates open" in shown:
+            raise KilledError
+
+    try:
+        run.run(report, check_every=check_every, report_every=1)
+    except KilledError:
+        return seen
+    return seen
+
+
+def timeless(seen: dict[str, float]) -> dict[str, float]:
+    return {name: value for name, value in seen.items() if name != "steps a second"}
+
+
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def weights(lms: Sequence[LM]) -> list[dict[str, Tensor]]:
+    return [{name: value.clone() for name, value in lm.model.state_dict().items()} for lm in lms]
+
+
+def test_the_loss_of_what_can_be_learned_falls_and_the_models_stay(
+    models: tuple[LM, LM], geometry: FuserGeometry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = weights(models)
+    few = [{"prompt": prompt, "response": "yes"} for prompt in ("Is it the mill?", "Is it red?", "a", "Who?")] * 6
+    recipe = replace(RECIPE, schedule=replace(SCHEDULE, steps=40), packing="nf4:1x8")
+    run = training(*models, Exchanges.of(few), geometry, recipe, tmp_path)
+    seen = seen_until(run, 40, check_every=20)
+    assert seen[0]["instructions"] == seen[0]["instructions alone"]  # an untrained fuser adds nothing
+    assert seen[40]["instructions"] < 0.5 * seen[0]["instructions"]
+    assert seen[40]["total"] < 0.5 * seen[1]["total"]
+    assert seen[40]["instructions alone"] == seen[0]["instructions alone"]
+    for lm, state in zip(models, before, strict=True):
+        assert all(torch.equal(value, state[name]) for name, value in lm.model.state_dict().items())
+        assert not any(parameter.requires_grad for parameter in lm.model.parameters())
+    fuser = run.module
+    assert isinstance(fuser, Fuser)
+    pair = saved(fuser, models, tmp_path, "nf4:1x8")
+    objective = run.objective
+    assert isinstance(objective, Fusing)
+    with objective.during(fuser, 40):  # with matrices as the file holds them
+        assert_same(objective, fuser, pair, models, "fp32", monkeypatch)
+
+
+@pytest.mark.usefixtures("deterministic")
+def test_a_run_with_a_plan_in_the_loop_resumes_to_the_same_losses_and_is_what_inference_computes(
+    models: tuple[LM, LM], geometry: FuserGeometry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, exchanges = replace(RECIPE, plan=PACKED), Exchanges.of(rows())
+    run = training(*models, exchanges, geometry, recipe, tmp_path / "whole")
+    whole = seen_until(run, 12)
+    kinds = {"choices", "oracle", "instructions", "accuracy"}
+    assert {f"{kind}{way}" for kind in kinds for way in ("", " wrong", " zeroed", " alone")} <= whole[12].keys()
+    assert "gates open" in whole[12]
+    seen_until(training(*models, exchanges, geometry, recipe, tmp_path / "cut"), 4)
+    torch.manual_seed(99)
+    again = training(*models, exchanges, geometry, recipe, tmp_path / "cut")
+    assert again.step == 4
+    resumed = seen_until(again, 12)
+    assert sorted(resumed) == list(range(5, 13))
+    assert {step: timeless(shown) for step, shown in resumed.items()} == {
+        step: timeless(shown) for step, shown in whole.items() if step > 4
+    }
+    assert (tmp_path / "cut" / "log.jsonl").read_text().count("\n") == len(
+        (tmp_path / "whole" / "log.jsonl").read_text().splitlines()
+    )
+    objective, fuser = run.objective, run.module
+    assert isinstance(objective, Fusing)
+    assert isinstance(fuser, Fuser)
+    assert_same(objective, fuser, saved(fuser, models, tmp_path / "fuser"), models, PACKED, monkeypatch)
+    for change in (
+        {"plan": None},
+        {"seed": 4},
+        {"packing": "nf4:1x8"},
+        {"schedule": replace(SCHEDULE, rate=1e-3)},
+        {"mixture": replace(RECIPE.mixture, rows=7)},
+    ):
+        with pytest.raises(TrainingError, match=r"run with other settings \(recipe differ\)"):
+            training(*models, exchanges, geometry, replace(recipe, **change), tmp_path / "whole")
+    with pytest.raises(TrainingError, match=r"\(rows differ\)"):
+        training(*models, Exchanges.of([*rows(), TOLD]), geometry, recipe, tmp_path / "whole")
+    with pytest.raises(TrainingError, match=r"\(geometry differ\)"):
+        training(*models, exchanges, replace(geometry, rope="after"), recipe, tmp_path / "whole")
+
+
+def test_gates_cool_down_geometrically_and_end_as_at_inference(models: tuple[LM, LM], geometry: FuserGeometry) -> None:
+    recipe = replace(RECIPE, schedule=replace(SCHEDULE, steps=40))
+    temperatures = [recipe.temperature(step) for step in range(41)]
+    assert temperatures[0] == 1
+    assert temperatures[30:] == [0.0] * 11
+    ratios = [after / before for before, after in pairwise(temperatures[:30])]
+    assert ratios == pytest.approx([1e-3 ** (1 / 30)] * 29)
+    assert [step for step in range(41) if recipe.settles(step)] == list(range(30, 41))
+    objective, fuser = Fusing(*models, geometry, recipe, {}), random_fuser(geometry).train()
+    sharer, own = torch.randn(8, 9, 32), torch.randn(8, 9, 64)
+    with torch.no_grad(), objective.during(fuser, 40):
+        fuser.gates[2] = -1
+        assert torch.equal(fuser(sharer, own), fuser.eval()(sharer, own))
+    fuser.train()
+    drawn = []
+    for step in (0, 1, 0):
+        with torch.no_grad(), objective.during(fuser, step):
+            drawn.append(fuser(sharer, own))
+    assert torch.equal(drawn[0], drawn[2])
+    assert not torch.equal(drawn[0], drawn[1])
+
+
+@pytest.mark.parametrize("packing", [None, "nf4:1x8"])
+def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(
+    models: tuple[LM, LM], geometry: FuserGeometry, packing: str | None, tmp_path: Path
+) -> None:
+    recipe = replace(RECIPE, packing=packing, settled=0.9)
+    run = training(*models, Exchanges.of(rows()), geometry, recipe, tmp_path)
+
+    def spoil(step: int) -> None:
+        if step == 5:
+            for name, value in run.module.named_parameters():
+                if name == "inward.weight":
+                    value.data.fill_(torch.nan)
+
+    with pytest.raises(TrainingError, match=r"no longer a number at step 6; the last good checkpoint is .*checkpoint"):
+        seen_until(run, 12, then=spoil)
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert state["step"] == 4
+    assert all(torch.isfinite(value).all() for value in state["module"].values())
