@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+import resource
+import zipfile
+from collections import OrderedDict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -163,7 +166,7 @@ def test_from_checkpoint_to_fused_cache(models: tuple[LM, LM], tmp_path: Path) -
     import_c2c(tmp_path / "theirs", *models, tmp_path / "ours")
     card, folder = read_card(tmp_path / "ours", "fuser")
     fuser = load_fuser(card, folder)
-    sharer = FusedSharer(SharerSide(card, fuser, models[0], byte_tokenizer()))
+    sharer = FusedSharer(SharerSide(card, fuser.slots, models[0], byte_tokenizer()))
     receiver = FusedReceiver(models[1], [ReceiverSide(card, fuser, models[1], byte_tokenizer())])
     theirs, ours = Prompt("<user> ", TEXT, " <model>"), Prompt("Q: ", TEXT, " A:")
     cache = sharer.read(theirs)
@@ -261,6 +264,38 @@ def _cut(folder: Path) -> None:
     (folder / "projector_0.pt").write_bytes(blob[: len(blob) // 2])
 
 
+def _legacy(folder: Path) -> None:
+    state = torch.load(folder / "projector_0.pt", weights_only=True)
+    torch.save(state, folder / "projector_0.pt", _use_new_zipfile_serialization=False)
+
+
+def _zipped(compression: int, claimed: int = 0, longer: int = 0) -> object:
+    """The first projector's zip written again; its largest record claims a size, or is longer."""
+
+    def change(folder: Path) -> None:
+        file = folder / "projector_0.pt"
+        with zipfile.ZipFile(file) as archive:
+            records = {entry.filename: archive.read(entry) for entry in archive.infolist()}
+        largest = max(records, key=lambda name: len(records[name]))
+        with zipfile.ZipFile(file, "w", compression) as archive:
+            for name, record in records.items():
+                archive.writestr(name, record[:longer] if name == largest and longer else record)
+            if claimed:
+                archive.getinfo(largest).file_size = claimed
+
+    return change
+
+
+def _pickled(blob: bytes) -> object:
+    """The first projector with another pickle."""
+
+    def change(folder: Path) -> None:
+        with zipfile.ZipFile(folder / "projector_0.pt", "w") as archive:
+            archive.writestr("projector_0/data.pkl", blob)
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -273,7 +308,17 @@ def _cut(folder: Path) -> None:
         (_state(**{"key_in.bias": torch.ones(3)}), "projector_0.pt: key_in.bias is \\[3\\], its sizes say \\[40\\]"),
         (_state(**{"key_in.bias": torch.full((40,), torch.nan)}), "key_in.bias holds what is no finite number"),
         (_state(**{"key_in.bias": torch.ones(40, dtype=torch.int64)}), "no finite number"),
-        (_state(**{"key_in.bias": torch.ones(1).expand(1 << 40)}), "larger than the file"),
+        (_state(**{"key_in.bias": torch.ones(1).expand(1 << 40)}), "key_in.bias is \\[1099511627776\\], its sizes say"),
+        (_state(**{"key_in.weight": torch.ones(1).expand(40, 96)}), "larger than the file"),
+        (_state(**{"key_in.bias": torch.ones(1 << 20)}), "bytes, more than it is long or than its sizes say"),
+        (_state(**{"key_in.bias": torch.ones(40).to_sparse()}), "holds more than tensors"),
+        (_state(**{"key_in.bias": bytearray(9)}), "holds more than tensors"),
+        (_pickled(b"\x80\x02}r\xff\xff\xff\xff."), "holds more than tensors"),
+        (_pickled(b"\x80\x02cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R."), "holds more than tensors"),
+        (_zipped(zipfile.ZIP_DEFLATED), "projector_0.pt: compressed"),
+        (_zipped(zipfile.ZIP_STORED, claimed=1 << 40), "bytes, more than it is long or than its sizes say"),
+        (_zipped(zipfile.ZIP_STORED, longer=-4), "projector_0.pt: damaged"),
+        (_legacy, "projector_0.pt: damaged, or of before torch 1.6"),
         (_state(**{"key_in.bias": 3}), "projector_0.pt: not a state dict"),
         (_text("projector_0.json", "{"), "projector_0.json: not JSON"),
         (_text("projector_0.json", "[]"), "projector_0.json: not a JSON object"),
@@ -286,7 +331,9 @@ def _cut(folder: Path) -> None:
         (_sizes(hidden_dim=10**12), "hidden_dim is 1000000000000"),
         (_sizes(hidden_dim="wide"), "hidden_dim is 'wide'"),
         (_sizes(num_layers=2), "num_layers is 2"),
-        (_sizes(num_layers=60_000), "projector_0.pt: key_proj_mlp2.blocks.1.norm.weight is missing"),
+        (_sizes(num_layers=60_000), "projector_0.json: blocks 59998"),
+        (_sizes(num_layers=60), "projector_0.pt: key_proj_mlp2.blocks.1.norm.weight is missing"),
+        (_sizes(hidden_dim=1 << 16), "projector_0.pt: key_in.weight is \\[40, 96\\], its sizes say \\[65536, 96\\]"),
         (_sizes(activation="silu"), "activation, which this version does not know"),
         (_sizes(source_dim=32), "for a sharer with 2 KV heads of 32, the given one has 2 of 16"),
         (_sizes(target_num_heads=4), "for a receiver with 4 KV heads of 32"),
@@ -299,6 +346,10 @@ def _cut(folder: Path) -> None:
         (_text(LAYERS, '{"0": {"1": {}}}'), "maps no layer"),
         (_text(LAYERS, '{"0": {"1": {}, "2": {}}}'), "import each sharer's by itself"),
         (_text("config.json", '{"model": {"is_do_alignment": true, "alignment_strategy": "x"}}'), "alignment 'x'"),
+        (
+            _text("config.json", '{"model": {"is_do_alignment": true, "alignment_strategy": ["first"]}}'),
+            r"config.json: alignment \['first'\]; kvtalk knows first, longest",
+        ),
     ],
 )
 def test_broken_checkpoints_are_refused_in_one_line(
@@ -310,6 +361,52 @@ def test_broken_checkpoints_are_refused_in_one_line(
     with pytest.raises(AdapterError, match=words) as error:
         load_c2c(tmp_path, *(lm.spec for lm in models))
     assert "\n" not in str(error.value)
+
+
+def _peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def test_a_small_file_does_not_become_a_large_one(models: tuple[LM, LM], tmp_path: Path) -> None:
+    """One MB of zeros, deflated, stands for 1 GB."""
+    write(tmp_path, SMALL, {0: (0, 0)})
+    with (
+        zipfile.ZipFile(tmp_path / "projector_0.pt", "a", zipfile.ZIP_DEFLATED) as archive,
+        archive.open("projector_0/data/99", "w", force_zip64=True) as stream,
+    ):
+        for _ in range(256):
+            stream.write(bytes(1 << 22))
+    assert (tmp_path / "projector_0.pt").stat().st_size < 2 << 20
+    before = _peak()
+    with pytest.raises(AdapterError, match="projector_0.pt: compressed"):
+        load_c2c(tmp_path, *(lm.spec for lm in models))
+    assert _peak() - before < 1 << 26
+
+
+def test_one_value_in_the_place_of_many_makes_nothing(models: tuple[LM, LM], tmp_path: Path) -> None:
+    """Sizes and tensors agree, but each tensor is one number, over and over: 618 GB of them."""
+    write(tmp_path, SMALL, {0: (0, 0)})
+    sizes = replace(SMALL, hidden_dim=1 << 16)
+    state = {name: torch.ones(()).expand(shape) for name, shape in shapes(sizes).items()}
+    torch.save(state, tmp_path / "projector_0.pt")
+    _sizes(hidden_dim=1 << 16)(tmp_path)  # type: ignore[operator]
+    before = _peak()
+    with pytest.raises(AdapterError, match="projector_0.pt: its tensors are larger than the file"):
+        load_c2c(tmp_path, *(lm.spec for lm in models))
+    assert _peak() - before < 1 << 26
+
+
+def test_tensors_that_share_or_skip_memory_are_read_as_they_are(models: tuple[LM, LM], tmp_path: Path) -> None:
+    states = write(tmp_path, SMALL, {0: (0, 0)})
+    wide = torch.randn(96, 80)
+    state = OrderedDict({**states[0], "key_in.weight": wide.T[::2], "key_in.bias": torch.nn.Parameter(torch.ones(40))})
+    state["key_mlp1.blocks.0.norm.weight"] = state["key_scalar_mlp2.blocks.0.norm.weight"]
+    state._metadata = {"": {"version": 1}}  # type: ignore[attr-defined]
+    torch.save(state, tmp_path / "projector_0.pt")
+    fuser, _ = load_c2c(tmp_path, *(lm.spec for lm in models))
+    assert torch.equal(fuser.inward.weight[0], wide[:, ::2])
+    assert torch.equal(fuser.inward.bias[0, 0], torch.ones(40))
+    assert torch.equal(fuser.shared.norm[0], fuser.weighing.norm[0])
 
 
 def test_the_command(tiny_folder: Path, tmp_path: Path) -> None:

@@ -3,13 +3,23 @@
 A checkpoint folder holds ``projector_N.pt`` (weights) and ``projector_N.json`` (class and sizes) of each projector, and
 ``projector_config.json``: ``{receiver model: {sharer model: {receiver layer: [[sharer layer, N], ...]}}}``, of whose
 pairs that code uses the first. How tokens are aligned says the ``config.json`` of the training run, beside it or one
-folder up. No pickled code is run.
+folder up.
+
+No pickled code is run, and nothing is made of the sizes that files claim before every file was compared with them: of a
+``.pt`` file only the names and sizes of its tensors are unpickled, by a reader that knows nothing else.
 """
 
 from __future__ import annotations
 
+import io
 import json
+import pickle
+import pickletools
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +33,7 @@ from kvtalk.models import LM
 from kvtalk.spec import ModelSpec
 
 PROJECTOR = "C2CProjector"
+KINDS = "key", "value"
 LAYERS = "projector_config.json"
 RECIPE = "config.json"
 ALIGNMENTS = {"first": "first", "longest": "coverage"}
@@ -34,6 +45,17 @@ _LARGEST = 1 << 16
 _OTHER_ARGUMENTS = {"dropout", "initial_temperature", "final_temperature", "anneal_steps", "dtype", "zero_init"}
 """What matters in training only."""
 _TEMPERATURE = "gate_temperature"
+_WIDEST = 8
+"""Bytes of a number in a checkpoint at most."""
+_OVERHEAD = 1 << 20
+"""Bytes of a checkpoint's file beside the numbers at most, of which its pickle is a part."""
+_STORAGES = {
+    "DoubleStorage": torch.float64,
+    "FloatStorage": torch.float32,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+}
 
 
 @dataclass(frozen=True)
@@ -96,20 +118,27 @@ def load_c2c(folder: Path, sharer: ModelSpec, receiver: ModelSpec) -> tuple[Fuse
         rope="after",
         alignment=alignment,
     )
-    _check_names(folder / f"projector_{numbers[0]}.pt", sizes)  # before anything of the sizes it claims is made
+    try:
+        geometry.check()
+    except AdapterError as error:
+        raise AdapterError(f"{first}: {error}") from error
     with torch.device("meta"):
         fuser = Fuser(geometry)
+    wanted = {kind: _wanted(fuser, kind, sizes) for kind in KINDS}
+    for number in numbers:
+        other = folder / f"projector_{number}.json"
+        if read_sizes(other) != sizes:
+            raise AdapterError(f"{other}: other sizes than {first.name}; kvtalk reads checkpoints of one size")
+        with _projector(folder / f"projector_{number}.pt", wanted):
+            pass  # all are compared before the first of them is read
     stacks = {name: torch.zeros(tensor.shape) for name, tensor in fuser.state_dict().items()}
     stacks["sharer_scale"].fill_(1)
     stacks["receiver_scale"].fill_(1)
     stacks["gates"].fill_(_CLOSED)
     dtypes = set()
     for number in numbers:
-        other = folder / f"projector_{number}.json"
-        if read_sizes(other) != sizes:
-            raise AdapterError(f"{other}: other sizes than {first.name}; kvtalk reads checkpoints of one size")
         layers = [layer for layer, (_, which) in mapped.items() if which == number]
-        dtypes |= _fill(stacks, folder / f"projector_{number}.pt", sizes, layers)
+        dtypes |= _fill(stacks, folder / f"projector_{number}.pt", wanted, layers)
     fuser.load_state_dict(stacks, assign=True)
     dtype = str(dtypes.pop()).removeprefix("torch.") if len(dtypes) == 1 else "mixed"
     facts = {"imported": "C2C", "projectors": len(numbers), "layers": len(mapped), "open": int(fuser.is_open.sum())}
@@ -156,52 +185,158 @@ def names(kind: str, blocks: int) -> dict[str, str]:
     return found
 
 
-def _fill(stacks: dict[str, Tensor], file: Path, sizes: Sizes, layers: list[int]) -> set[torch.dtype]:
+Wanted = dict[str, tuple[str, tuple[int, ...]]]
+
+
+def _wanted(fuser: Fuser, kind: str, sizes: Sizes) -> Wanted:
+    """Name and size of our tensor's slice for a slot, turned as theirs, by the name of theirs."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in fuser.state_dict().items()}
+    return {
+        theirs: (ours, shapes[ours][1:][::-1] if ours.endswith("weight") else shapes[ours][2:])
+        for theirs, ours in names(kind, sizes.blocks).items()
+    }  # their Linear holds [outputs, inputs]
+
+
+def _fill(stacks: dict[str, Tensor], file: Path, wanted: dict[str, Wanted], layers: list[int]) -> set[torch.dtype]:
     """Copy a projector to the slots of the layers that use it; the types that it is stored in."""
-    state = _check_names(file, sizes)
     dtypes = set()
-    for kind, name in enumerate(("key", "value")):
-        for theirs, ours in names(name, sizes.blocks).items():
-            tensor, stack = state[theirs], stacks[ours]
-            turned = tensor.dim() == 2  # their Linear holds [outputs, inputs]
-            wanted = stack.shape[1:][::-1] if ours.endswith("weight") else stack.shape[2:]
-            if tensor.shape != wanted:
-                raise AdapterError(f"{file}: {theirs} is {list(tensor.shape)}, its sizes say {list(wanted)}")
-            if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
-                raise AdapterError(f"{file}: {theirs} holds what is no finite number")
-            dtypes.add(tensor.dtype)
-            for layer in layers:
-                stack[2 * layer + kind] = tensor.T if turned else tensor
+    with _projector(file, wanted) as projector:
+        for kind, name in enumerate(KINDS):
+            for theirs, (ours, _) in wanted[name].items():
+                tensor = projector.tensor(theirs)
+                if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+                    raise AdapterError(f"{file}: {theirs} holds what is no finite number")
+                dtypes.add(tensor.dtype)
+                for layer in layers:
+                    stacks[ours][2 * layer + kind] = tensor.T if tensor.dim() == 2 else tensor
     return dtypes
 
 
-def _check_names(file: Path, sizes: Sizes) -> dict[str, Tensor]:
-    """The tensors of a ``projector_N.pt``: all that the sizes ask for and no others."""
-    state = _tensors(file)
-    wanted = {_TEMPERATURE, *names("key", sizes.blocks), *names("value", sizes.blocks)}
-    missing, unknown = sorted(wanted - state.keys() - {_TEMPERATURE}), sorted(state.keys() - wanted)
-    if missing:
-        raise AdapterError(f"{file}: {missing[0]} is missing")
-    if unknown:
-        raise AdapterError(f"{file}: {unknown[0]!r} is no part of a {PROJECTOR} of {sizes.num_layers} layers")
-    return state
+@dataclass(frozen=True)
+class _Record:
+    """A file within the file."""
+
+    dtype: torch.dtype
+    key: str
 
 
-def _tensors(file: Path) -> dict[str, Tensor]:
+@dataclass(frozen=True)
+class _Slice:
+    """Where a tensor lies."""
+
+    record: _Record
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+class _State(dict[Any, Any]):
+    """In the place of an ``OrderedDict``; holds what was set, copies nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+
+def _slice(record: _Record, offset: int, shape: Any, strides: Any, *_: object) -> _Slice:
+    return _Slice(record, offset, shape, strides)
+
+
+class _Unpickler(pickle.Unpickler):
+    """Reads where the tensors of a state dict lie; knows nothing that could be run."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and name in _STORAGES:
+            return _STORAGES[name]
+        known = {
+            "collections.OrderedDict": _State,
+            "torch._utils._rebuild_tensor_v2": _slice,
+            "torch._utils._rebuild_parameter": lambda data, *_: data,
+        }
+        return known[f"{module}.{name}"]
+
+    def persistent_load(self, pid: Any) -> _Record:
+        _, dtype, key, *_ = pid
+        return _Record(dtype, key)
+
+
+@dataclass(frozen=True)
+class _Projector:
+    """An open ``projector_N.pt``: a zip of what was pickled and of a record for each tensor, as torch writes it."""
+
+    archive: zipfile.ZipFile
+    root: str
+    slices: dict[str, _Slice]
+
+    def tensor(self, name: str) -> Tensor:
+        """One of its tensors; the only thing that is read."""
+        where = self.slices[name]
+        held = bytearray(self.archive.read(f"{self.root}data/{where.record.key}"))
+        flat = torch.frombuffer(held, dtype=where.record.dtype)
+        return flat.as_strided(where.shape, where.strides, where.offset)
+
+
+@contextmanager
+def _projector(file: Path, wanted: dict[str, Wanted]) -> Iterator[_Projector]:
+    """Open a projector, once its names and sizes are those that are wanted.
+
+    Raises:
+        AdapterError: missing, damaged, or others, also when found only while reading.
+    """
+    shapes = {theirs: shape for both in wanted.values() for theirs, (_, shape) in both.items()}
+    most = _WIDEST * sum(map(prod, shapes.values())) + _OVERHEAD
     try:
-        size = file.stat().st_size
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        with zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+                raise AdapterError(f"{file}: compressed, which torch never does")
+            total = sum(entry.file_size for entry in entries)
+            if total > min(most, file.stat().st_size):
+                raise AdapterError(f"{file}: holds {total:,} bytes, more than it is long or than its sizes say")
+            root, state = _unpickled(archive)
+            if not isinstance(state, dict) or not all(
+                isinstance(name, str) and isinstance(value, _Slice) for name, value in state.items()
+            ):
+                raise AdapterError(f"{file}: not a state dict")
+            missing = sorted(shapes.keys() - state.keys())
+            unknown = sorted(state.keys() - shapes.keys() - {_TEMPERATURE})
+            if missing:
+                raise AdapterError(f"{file}: {missing[0]} is missing")
+            if unknown:
+                raise AdapterError(f"{file}: {unknown[0][:80]!r} is no part of a {PROJECTOR} of its sizes")
+            for name, shape in shapes.items():
+                if state[name].shape != shape:
+                    claimed = f"{list(state[name].shape)}"[:80]
+                    raise AdapterError(f"{file}: {name} is {claimed}, its sizes say {list(shape)}")
+            if sum(prod(shape) * state[name].record.dtype.itemsize for name, shape in shapes.items()) > total:
+                raise AdapterError(f"{file}: its tensors are larger than the file")
+            yield _Projector(archive, root, state)
+    except AdapterError:
+        raise
     except FileNotFoundError as error:
         raise AdapterError(f"{file}: missing") from error
-    except Exception as error:  # whatever a broken or hostile file makes of the reader
+    except zipfile.BadZipFile as error:
+        raise AdapterError(f"{file}: damaged, or of before torch 1.6: save it again with torch.save") from error
+    except Exception as error:  # whatever a broken or hostile file makes of the readers
         raise AdapterError(f"{file}: damaged, or it holds more than tensors ({type(error).__name__})") from error
-    if not isinstance(state, dict) or not all(
-        isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
-    ):
-        raise AdapterError(f"{file}: not a state dict")
-    if sum(tensor.numel() * tensor.element_size() for tensor in state.values()) > size:
-        raise AdapterError(f"{file}: its tensors are larger than the file")
-    return state
+
+
+def _unpickled(archive: zipfile.ZipFile) -> tuple[str, object]:
+    """The folder within the file, and what was pickled in it.
+
+    Raises:
+        ValueError: not as torch writes it.
+        Exception: whatever a hostile pickle makes of its reader.
+    """
+    (entry,) = [entry for entry in archive.infolist() if entry.filename.endswith("/data.pkl")]
+    root = entry.filename.removesuffix("data.pkl")
+    order = root + "byteorder"
+    if entry.file_size > _OVERHEAD or (order in archive.namelist() and archive.read(order) != b"little"):
+        raise ValueError(entry.filename)
+    blob = archive.read(entry)
+    for opcode, argument, _ in pickletools.genops(blob):  # the reader makes room for the greatest number of a PUT
+        if "PUT" in opcode.name and (argument or 0) > len(blob):
+            raise ValueError(opcode.name)
+    return root, _Unpickler(io.BytesIO(blob)).load()
 
 
 def _checkpoint(folder: Path) -> Path:
@@ -262,8 +397,8 @@ def _recipe(folder: Path) -> tuple[str, dict[str, Any]]:
     if not isinstance(model, dict):
         return ALIGNMENTS["first"], {}
     strategy = model.get("alignment_strategy", "first") if model.get("is_do_alignment") else "first"
-    if strategy not in ALIGNMENTS:
-        raise AdapterError(f"{file}: alignment {strategy!r}; kvtalk knows {', '.join(ALIGNMENTS)}")
+    if not isinstance(strategy, str) or strategy not in ALIGNMENTS:
+        raise AdapterError(f"{file}: alignment {strategy!r:.80}; kvtalk knows {', '.join(ALIGNMENTS)}")
     kept = ("base_model", "teacher_model", "mapping", "is_do_alignment", "alignment_strategy")
     return ALIGNMENTS[strategy], {name: model[name] for name in kept if name in model}
 

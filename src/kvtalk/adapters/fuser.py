@@ -23,6 +23,14 @@ _OPEN = 1.0
 """The logit of a gate before training. The projection begins at zero, so an open gate changes nothing yet."""
 _FASTER = 20.0
 """A gate's learning rate over that of the matrices: it has far to go."""
+_LARGEST = {"layers": 1024, "kv_heads": 1024, "head_dim": 4096, "blocks": 256, "width": 1 << 16}
+"""What a card may claim at most; ``width`` is for the three widths of a slot's network."""
+_ALIGNMENTS = "first", "last", "coverage"
+
+
+def _check_whole(name: str, value: object, least: int, most: int) -> None:
+    if type(value) is not int or not least <= value <= most:
+        raise AdapterError(f"{name} {value!r:.60}: must be a whole number from {least} to {most:,}")
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,18 @@ class Shape:
         if len(sizes) > 1:
             raise AdapterError(f"{spec.fingerprint.arch}: layers of different sizes cannot be fused")
         return cls(len(spec.layers), *sizes.pop())
+
+    def check(self, role: str) -> None:
+        """Refuse sizes that cannot be.
+
+        Args:
+            role: whose they are.
+
+        Raises:
+            AdapterError: says which.
+        """
+        for name, value in vars(self).items():
+            _check_whole(f"{role} {name}", value, 1, _LARGEST[name])
 
     @property
     def width(self) -> int:
@@ -98,10 +118,40 @@ class FuserGeometry:
 
     @classmethod
     def of(cls, content: dict[str, Any]) -> FuserGeometry:
-        """From a card's JSON."""
+        """From a card's JSON.
+
+        Raises:
+            AdapterError: sizes that cannot be.
+            KeyError: a part is missing.
+            TypeError: a part that is no object or list, or one that is not known.
+        """
         fields = dict(content)
         sharer, receiver = (Shape(**fields.pop(name)) for name in ("sharer", "receiver"))
-        return cls(sharer, receiver, tuple(fields.pop("layers")), **fields)
+        geometry = cls(sharer, receiver, tuple(fields.pop("layers")), **fields)
+        geometry.check()
+        return geometry
+
+    def check(self) -> None:
+        """Refuse sizes that cannot be, before anything of them is made.
+
+        Raises:
+            AdapterError: says which.
+        """
+        self.sharer.check("sharer")
+        self.receiver.check("receiver")
+        for name in ("hidden", "middle", "weighing"):
+            _check_whole(name, getattr(self, name), 1, _LARGEST["width"])
+        _check_whole("blocks", self.blocks, 0, _LARGEST["blocks"])
+        if len(self.layers) != self.receiver.layers:
+            raise AdapterError(f"{len(self.layers)} layers are mapped, the receiver has {self.receiver.layers}")
+        for layer in self.layers:
+            _check_whole("mapped layer", layer, 0, self.sharer.layers - 1)
+        for name in ("projects", "residual", "gated", "weighted"):
+            if type(getattr(self, name)) is not bool:
+                raise AdapterError(f"{name} {getattr(self, name)!r:.60}: must be true or false")
+        for name, known in (("rope", ("before", "after")), ("alignment", _ALIGNMENTS)):
+            if getattr(self, name) not in known:
+                raise AdapterError(f"{name} {getattr(self, name)!r:.60}: must be one of {', '.join(known)}")
 
 
 class Stacked(nn.Module):
@@ -176,7 +226,7 @@ class Fuser(nn.Module):
         if geometry.weighted:
             self.weighing = Block(count, hidden, geometry.weighing)
             self.weights = Stacked(count, hidden, geometry.receiver.kv_heads)
-        if geometry.gated:
+        if geometry.gated and geometry.residual:
             self.gates = nn.Parameter(torch.full((count,), _OPEN))
             self.gates.faster = _FASTER  # type: ignore[attr-defined]
 
@@ -209,7 +259,7 @@ class Fuser(nn.Module):
     @property
     def is_open(self) -> Tensor:
         """Which of the slots' gates are open at inference, bool ``[slots]``."""
-        if not self.geometry.gated:
+        if not hasattr(self, "gates"):
             return torch.ones(len(self.slots), dtype=torch.bool)
         return self.gates.detach().cpu() > 0
 

@@ -6,22 +6,27 @@ stored in 4 bits, by kvtalk's own codecs.
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, astuple, dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import xxhash
-from safetensors.torch import load, save
-from torch import nn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from kvtalk.adapters.fuser import Fuser, FuserGeometry
+from kvtalk.adapters.fuser import Fuser, FuserGeometry, Shape
 from kvtalk.adapters.translator import Decoder, Encoder, Geometry, Translator
 from kvtalk.codecs import codec
-from kvtalk.errors import AdapterError
+from kvtalk.codecs.registry import CODECS
+from kvtalk.errors import AdapterError, CodecError
 from kvtalk.spec import Fingerprint, ModelSpec, tokenizer_digest
 
 CARD = "adapter.json"
@@ -29,8 +34,19 @@ SHIPPED = Path(__file__).parent / "shipped"
 """Adapters that come with kvtalk; a folder's name loads it: ``SHARER+RECEIVER`` a translator, with ``.fuser`` after it
 a fuser."""
 
+
+def _translator(content: dict[str, Any]) -> Geometry:
+    """Sizes of a translator; it checks most of them itself."""
+    geometry = Geometry(**content)
+    if type(geometry.expansion) not in (int, float) or not 0 <= geometry.expansion <= _MOST_EXPANSION:
+        raise AdapterError(f"expansion {geometry.expansion!r:.60}: must be a number up to {_MOST_EXPANSION}")
+    if max(geometry.sharer_blocks, geometry.encoder_blocks, geometry.decoder_blocks) > _MOST_BLOCKS:
+        raise AdapterError(f"more than {_MOST_BLOCKS} blocks")
+    return geometry
+
+
 KINDS: dict[str, Callable[[dict[str, Any]], Geometry | FuserGeometry]] = {
-    "translator": lambda content: Geometry(**content),
+    "translator": _translator,
     "fuser": FuserGeometry.of,
 }
 """How the sizes of each kind of adapter are read from a card."""
@@ -38,9 +54,14 @@ KINDS: dict[str, Callable[[dict[str, Any]], Geometry | FuserGeometry]] = {
 _OPTIONS = {"translator": "--adapter", "fuser": "--fuser"}
 
 Part = TypeVar("Part", bound=nn.Module)
+Sizes = TypeVar("Sizes")
 _LEAST = 16
 """Rows and columns of what counts as a matrix."""
 _PACKED = ".codes", ".scales", ".shape"
+_CODEC = ".codec:"
+_FLOATS = "F32", "BF16", "F16"
+_MOST_EXPANSION = 64
+_MOST_BLOCKS = 256
 
 
 @dataclass(frozen=True)
@@ -83,7 +104,7 @@ class Card:
         return str(xxhash.xxh3_64_hexdigest(json.dumps(content, sort_keys=True).encode()))
 
     def check(self, role: str, spec: ModelSpec) -> None:
-        """Refuse another model than the one the adapter was trained with.
+        """Refuse another model than the one the adapter was trained with, and sizes that are not the model's.
 
         Raises:
             AdapterError: says which part differs.
@@ -95,6 +116,24 @@ class Card:
                 f"this adapter's {role} is {party.name}; {', '.join(different)} of the given model differ: "
                 f"use that model or train an adapter for this pair (kvtalk train {self.kind})"
             )
+        claimed, real = self._sizes(role, spec)
+        if claimed != real:
+            raise AdapterError(
+                f"this adapter's card gives its {role} other sizes ({claimed}) than {party.name} has ({real}): "
+                "the card is damaged"
+            )
+
+    def _sizes(self, role: str, spec: ModelSpec) -> tuple[str, str]:
+        """What the geometry says of a model, and what is so."""
+        if isinstance(self.geometry, FuserGeometry):
+            shapes = getattr(self.geometry, role), Shape.of(spec)
+            claimed, real = ("{} layers of {} KV heads of {}".format(*astuple(shape)) for shape in shapes)
+            return claimed, real
+        values = f"{spec.values_per_token} values a token"
+        if role == "sharer":
+            return f"{self.geometry.sharer_values} values a token", values
+        claimed = f"{self.geometry.receiver_layers} layers, {self.geometry.receiver_values} values a token"
+        return claimed, f"{len(spec.layers)} layers, {values}"
 
     def check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Refuse another tokenizer than the receiver's.
@@ -153,6 +192,8 @@ def read_card(name: str | Path, kind: str | None = None) -> tuple[Card, Path]:
     folder = _folder(name)
     try:
         content = json.loads((folder / CARD).read_text("utf-8"))
+        if not isinstance(content.get("facts", {}), dict):
+            raise TypeError("facts that are no object")
         card = Card(
             content["kind"],
             _party(content["sharer"]),
@@ -161,7 +202,7 @@ def read_card(name: str | Path, kind: str | None = None) -> tuple[Card, Path]:
             dict(content["weights"]),
             content.get("facts", {}),
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise AdapterError(f"{name}: not an adapter ({CARD} is missing or damaged: {error})") from error
     if kind is not None and card.kind != kind:
         raise AdapterError(f"{name}: a {card.kind}, no {kind}: give it by {_OPTIONS[card.kind]}")
@@ -175,7 +216,7 @@ def load_encoder(card: Card, folder: Path) -> Encoder:
         AdapterError: missing or damaged.
     """
     assert isinstance(card.geometry, Geometry)
-    return _filled(Encoder(card.geometry), card, folder, "encoder")
+    return _filled(Encoder, card.geometry, card, folder, "encoder")
 
 
 def load_decoder(card: Card, folder: Path) -> Decoder:
@@ -185,7 +226,7 @@ def load_decoder(card: Card, folder: Path) -> Decoder:
         AdapterError: missing or damaged.
     """
     assert isinstance(card.geometry, Geometry)
-    return _filled(Decoder(card.geometry), card, folder, "decoder")
+    return _filled(Decoder, card.geometry, card, folder, "decoder")
 
 
 def load_fuser(card: Card, folder: Path) -> Fuser:
@@ -195,7 +236,21 @@ def load_fuser(card: Card, folder: Path) -> Fuser:
         AdapterError: missing or damaged.
     """
     assert isinstance(card.geometry, FuserGeometry)
-    return _filled(Fuser(card.geometry), card, folder, "fuser")
+    return _filled(Fuser, card.geometry, card, folder, "fuser")
+
+
+def open_slots(card: Card, folder: Path) -> tuple[int, ...]:
+    """Numbers of a fuser's slots whose gates are open, all of them where it has none; nothing else is loaded.
+
+    Raises:
+        AdapterError: missing or damaged.
+    """
+    assert isinstance(card.geometry, FuserGeometry)
+    with _stored(_meta(Fuser, card.geometry), card, folder, "fuser") as stored:
+        if not card.geometry.gated:
+            return tuple(range(card.geometry.slots))
+        gates = stored.tensor("gates")
+    return tuple((gates > 0).nonzero()[:, 0].tolist())
 
 
 def shipped_for(sharer: ModelSpec, receiver: ModelSpec, kind: str = "translator") -> Path | None:
@@ -211,11 +266,17 @@ def shipped_for(sharer: ModelSpec, receiver: ModelSpec, kind: str = "translator"
 def _geometry(kind: str, content: Mapping[str, Any]) -> Geometry | FuserGeometry:
     if kind not in KINDS:
         raise AdapterError(f"an adapter of the kind {kind!r}, which this version does not know")
-    return KINDS[kind](dict(content))
+    try:
+        return KINDS[kind](dict(content))
+    except AdapterError as error:
+        raise ValueError(str(error)) from error
 
 
 def _party(content: dict[str, Any]) -> Party:
-    return Party(content["name"], Fingerprint(**content["fingerprint"]))
+    party = Party(content["name"], Fingerprint(**content["fingerprint"]))
+    if not all(isinstance(text, str) for text in (party.name, *astuple(party.fingerprint))):
+        raise TypeError("a model's name and fingerprint must be text")
+    return party
 
 
 def _folder(name: str | Path) -> Path:
@@ -261,25 +322,122 @@ def _packed(part: nn.Module, packing: str | None) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _filled(part: Part, card: Card, folder: Path, name: str) -> Part:
+@dataclass(frozen=True)
+class _Stored:
+    """An open file of weights, whose names, types and sizes are those of a module.
+
+    Attributes:
+        file: its path.
+        reader: of safetensors.
+        packings: codec of each tensor that is packed.
+        shapes: of the module's tensors.
+    """
+
+    file: Path
+    reader: Any
+    packings: dict[str, str]
+    shapes: dict[str, torch.Size]
+
+    def check(self) -> None:
+        """Compare the file's header with the module; no weights are read.
+
+        Raises:
+            AdapterError: says what differs.
+        """
+        wanted: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {}
+        for name, shape in self.shapes.items():
+            if name in self.packings:
+                wanted |= self._packed(name, shape)
+            else:
+                wanted[name] = _FLOATS, tuple(shape)
+        different = sorted(wanted.keys() ^ set(self.reader.keys()))
+        for name, (types, sizes) in wanted.items():
+            if not different:
+                part = self.reader.get_slice(name)
+                if part.get_dtype() not in types or tuple(part.get_shape()) != sizes:
+                    different = [name]
+        for name in self.packings:
+            if not different and self.reader.get_tensor(f"{name}.shape").tolist() != list(self.shapes[name]):
+                different = [f"{name}.shape"]
+        if different:
+            raise AdapterError(
+                f"{self.file}: its weights do not have the sizes that {CARD} names ({different[0][:80]!r})"
+            )
+
+    def tensor(self, name: str) -> Tensor:
+        """One of the module's, float32."""
+        if name not in self.packings:
+            return torch.as_tensor(self.reader.get_tensor(name)).to(torch.float32, copy=True)
+        codes, scales = (self.reader.get_tensor(name + suffix).clone() for suffix in _PACKED[:2])
+        shape = self.shapes[name]
+        out = torch.empty(1, prod(shape[:-1]), shape[-1])
+        codec(self.packings[name]).decode(codes, scales, out)
+        return out.view(shape)
+
+    def _packed(self, name: str, shape: torch.Size) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
+        """Types and sizes of what stands for a packed tensor."""
+        packing = self.packings[name]
+        if len(shape) < 2 or packing.partition(":")[0] not in CODECS:
+            raise CodecError(f"{name[:80]} cannot be packed by {packing[:80]!r}")
+        rows, columns, way = prod(shape[:-1]), shape[-1], codec(packing)
+        parts = (1, rows, columns * way.bits // 8), (way.scales_size(1, rows, columns),), (len(shape),)
+        types = ("U8",), ("U8",), ("I64",)
+        found = {name + suffix: both for suffix, both in zip(_PACKED, zip(types, parts, strict=True), strict=True)}
+        return {**found, name + _CODEC + packing: (_FLOATS, (0,))}
+
+
+@contextmanager
+def _stored(part: nn.Module, card: Card, folder: Path, name: str) -> Iterator[_Stored]:
+    """The file of a part, once its checksum and its header are what the card says.
+
+    Args:
+        part: on the meta device.
+        card: of the adapter.
+        folder: of the adapter.
+        name: of the part.
+
+    Raises:
+        AdapterError: missing or damaged, also when found only while reading.
+    """
     file = folder / f"{name}.safetensors"
     try:
-        blob = file.read_bytes()
+        with file.open("rb") as stream:
+            checksum = hashlib.file_digest(stream, xxhash.xxh3_64).hexdigest()
     except OSError as error:
         raise AdapterError(f"{file}: missing") from error
-    if xxhash.xxh3_64_hexdigest(blob) != card.weights.get(name):
+    if checksum != card.weights.get(name):
         raise AdapterError(f"{file}: damaged or of another adapter, its checksum is not the card's")
-    tensors = load(blob)
-    state = {key: value.float() for key, value in tensors.items() if ".codec:" not in key and not key.endswith(_PACKED)}
-    for key in tensors:
-        base, mark, packing = key.partition(".codec:")
-        if mark:
-            codes, scales, shape = (tensors[base + suffix] for suffix in _PACKED)
-            out = torch.empty(1, codes.shape[1], int(shape[-1]))
-            codec(packing).decode(codes, scales, out)
-            state[base] = out.view(shape.tolist())
+    shapes = {key: tensor.shape for key, tensor in part.state_dict().items()}
     try:
-        part.load_state_dict(state)
-    except RuntimeError as error:
-        raise AdapterError(f"{file}: its weights do not have the sizes that {CARD} names") from error
+        with safe_open(file, "pt") as reader:
+            names: list[str] = reader.keys()
+            packings = dict(name.split(_CODEC, 1) for name in names if _CODEC in name)
+            stored = _Stored(file, reader, packings, shapes)
+            stored.check()
+            yield stored
+    except (OSError, SafetensorError, CodecError, RuntimeError, ValueError) as error:
+        raise AdapterError(f"{file}: damaged ({' '.join(str(error).split())[:120]})") from error
+
+
+def _meta(kind: Callable[[Sizes], Part], geometry: Sizes) -> Part:
+    """A part of an adapter without memory for its weights.
+
+    Raises:
+        AdapterError: sizes that no memory could hold.
+    """
+    try:
+        with torch.device("meta"):
+            return kind(geometry)
+    except (RuntimeError, OverflowError) as error:
+        raise AdapterError(f"{CARD}: sizes that cannot be ({' '.join(str(error).split())[:120]})") from error
+
+
+def _filled(kind: Callable[[Sizes], Part], geometry: Sizes, card: Card, folder: Path, name: str) -> Part:
+    part = _meta(kind, geometry)
+    with _stored(part, card, folder, name) as stored:
+        state = {key: stored.tensor(key) for key in stored.shapes}
+    for key, parameter in part.named_parameters():
+        state[key] = nn.Parameter(state[key], parameter.requires_grad)
+        vars(state[key]).update(vars(parameter))  # what training marks it with
+    part.load_state_dict(state, assign=True)
     return part
