@@ -1,6 +1,6 @@
 """The tables of README.md and docs/results.md, from the files under results/.
 
-python benchmarks/tables.py [squad|tasks|routing|choice|speed|latency|across|translator|latents|text|decoding]
+python benchmarks/tables.py [NAME ...], of those in TABLES
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 
 from kvtalk.evaluation import timing
 from kvtalk.evaluation.letters import read_as_published
+from kvtalk.evaluation.statistics import bootstrap
 from kvtalk.evaluation.summary import figure, read_records, signed
 
 RESULTS = Path("results")
@@ -39,9 +40,12 @@ ACROSS = {
     "**the context as text**": "text",
     "SmolLM2's cache, 1,024 numbers a token": "cache bf16",
     "256 numbers a token in 4 bits": "cache int4:token width=256",
-    "256 numbers a token in 2 bits": "cache int2:token width=256",
+    "128 numbers a token in 4 bits": "cache int4:token width=128",
 }
 PAIRS = ("smollm2-135m+gemma3-270m", "gemma3-270m+smollm2-135m")
+SELF = RESULTS / "translator" / "self"
+"""Translators of a receiver as its own sharer, trained alike."""
+
 TABLES = (
     "squad",
     "tasks",
@@ -51,9 +55,13 @@ TABLES = (
     "latency",
     "across",
     "translator",
+    "ceilings",
+    "lora",
     "latents",
     "text",
     "decoding",
+    "fused",
+    "fusing",
 )
 CHOICE_TASKS = ("openbookqa", "arc_challenge", "arc_easy", "mmlu_redux", "ceval")
 
@@ -164,6 +172,61 @@ def translator() -> Iterator[str]:
                 yield f"| {task} | {pair} | {count:,} | {' | '.join(cells)} | {signed(rows['cache bf16']['gain'])} |"
 
 
+def ceilings() -> Iterator[str]:
+    """Across models: the translated cache against the receiver's own, through a translator trained alike."""
+    yield "| task | sharer+receiver | frozen, text | self | translated | translated / self | translated / text |"
+    yield "| --- " * 7 + "|"
+    for task, metric in CONTEXT_TASKS.items():
+        for pair in PAIRS:
+            ours, own = rows_of(RESULTS / task / pair), rows_of(SELF / task / pair.partition("+")[2])
+            figures = [ours["text"][metric], own["cache bf16"][metric], ours["cache bf16"][metric]]
+            shares = [f"{100 * figures[2][0] / other[0]:.0f}%" for other in (figures[1], figures[0])]
+            cells = [*(figure(metric, value) for value in figures), *shares]
+            yield f"| {task} | {pair} | {' | '.join(cells)} |"
+
+
+def lora() -> Iterator[str]:
+    """Across models: beside a receiver that was fine-tuned and reads the text, on the questions of that run."""
+    yield "| sharer+receiver | questions | frozen, text | translated | self | LoRA, text |"
+    yield "| --- " * 6 + "|"
+    for pair in PAIRS:
+        receiver = pair.partition("+")[2]
+        folders = (
+            RESULTS / "squad" / pair,
+            SELF / "squad" / receiver,
+            RESULTS / "translator" / "lora" / "squad" / receiver,
+        )
+        scores = [
+            {record.id: 100 * record.scores["f1"] for record in read_records(folder) if record.arm == arm}
+            for folder, arm in zip((folders[0], *folders), ("text", "cache bf16", "cache bf16", "text"), strict=True)
+        ]
+        cells = [figure("f1", bootstrap([one[key] for key in scores[-1]]).rounded()) for one in scores]
+        yield f"| {pair} | {len(scores[-1]):,} | {' | '.join(cells)} |"
+
+
+def fused() -> Iterator[str]:
+    """Fused caches: what the fuser makes of the sharer's, and of what else stands in its place."""
+    names = ("receiver", "sharer", "fused bf16", "wrong bf16", "zeroed bf16", "self bf16")
+    yield f"| task | sharer+receiver | questions | {' | '.join(name.removesuffix(' bf16') for name in names)} | gain |"
+    yield "| --- " * (len(names) + 4) + "|"
+    for task, metric in (("squad", "f1"), *((task, "acc_norm") for task in CHOICE_TASKS)):
+        for folder in sorted((RESULTS / "fuser" / task).glob("*")):
+            rows = rows_of(folder)
+            cells = [figure(metric, rows[name][metric]) if name in rows else "" for name in names]
+            count = f"{rows['receiver']['items']:,}"
+            yield f"| {task} | {folder.name} | {count} | {' | '.join(cells)} | {signed(rows['fused bf16']['gain'])} |"
+
+
+def fusing() -> Iterator[str]:
+    """Time to fuse against a fuser of the published size, computed layer by layer."""
+    yield "| type | published size, by layer | published size, stacked | ours | by layer / ours, median [range] |"
+    yield "| --- " * 5 + "|"
+    for row in json.loads((RESULTS / "bench" / "fuser_cpu.json").read_text())["measured"]:
+        times = " | ".join(f"{row[f'{name}_ms']:,.0f} ms" for name in ("layers", "stacked", "ours"))
+        ratio = row["layers_over_ours"]
+        yield f"| {row['dtype']} | {times} | {ratio['median']:.1f} [{ratio['range'][0]:.1f}, {ratio['range'][1]:.1f}] |"
+
+
 def across() -> Iterator[str]:
     """SQuAD across models, the arms of README.md."""
     rows = rows_of(RESULTS / "squad" / PAIRS[0])
@@ -197,9 +260,11 @@ def decoding() -> Iterator[str]:
 
 def text() -> Iterator[str]:
     """Plain text across models: KL from the receiver that reads it."""
-    found = [json.loads((RESULTS / "translator" / f"{pair}.text.json").read_text())["kl"] for pair in PAIRS]
-    yield f"| what crosses | {' | '.join(PAIRS)} |"
-    yield "| --- " * 3 + "|"
+    files = [RESULTS / "translator" / f"{pair}.text.json" for pair in PAIRS]
+    files += [SELF / f"{pair.partition('+')[2]}.text.json" for pair in PAIRS]
+    found = [json.loads(file.read_text())["kl"] for file in files]
+    yield f"| what crosses | {' | '.join((*PAIRS, *(pair.partition('+')[2] + ', self' for pair in PAIRS)))} |"
+    yield "| --- " * 5 + "|"
     for way in found[0]:
         cells = ["{:.2f} [{:.2f}, {:.2f}]".format(*one[way]) for one in found]
         yield f"| {way} | {' | '.join(cells)} |"

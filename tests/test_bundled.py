@@ -247,18 +247,18 @@ def test_relevance_compares_with_the_reference_and_the_published_one_with_the_qu
 
 
 @pytest.mark.parametrize(
-    ("sharer", "receiver", "least"), [("smollm2-135m", "gemma3-270m", 10), ("gemma3-270m", "smollm2-135m", 20)]
+    ("sharer", "receiver", "least"), [("smollm2-135m", "gemma3-270m", 35), ("gemma3-270m", "smollm2-135m", 25)]
 )
 def test_a_model_answers_from_another_models_cache_and_its_controls_do_not(
     sharer: str, receiver: str, least: int, tmp_path: Path
 ) -> None:
     """Invented texts, which neither the models nor the translator ever saw, by the adapters that come with kvtalk."""
     link = Link(bundled_lm(sharer), bundled_lm(receiver))
-    arms = make_arms(["receiver", "text", "cache", "wrong", "zeroed"], ["bf16"])
-    rows = {row["arm"]: row for row in run(link, INVENTED, samples()[1::4], arms, tmp_path)["arms"]}
+    arms = make_arms(["receiver", "cache", "wrong", "zeroed"], ["bf16"])
+    rows = {row["arm"]: row for row in run(link, INVENTED, samples(), arms, tmp_path)["arms"]}
     assert max(rows[name]["contains"][0] for name in ("receiver", "wrong bf16", "zeroed bf16")) <= 10
     assert rows["cache bf16"]["contains"][0] >= least
-    assert rows["cache bf16"]["gain"][1] > 0
+    assert rows["cache bf16"]["gain"][1] > 15
     assert rows["cache bf16"]["nll"] < min(rows["wrong bf16"]["nll"], rows["zeroed bf16"]["nll"]) - 1
     folder = SHIPPED / f"{sharer}+{receiver}"
     assert sum(file.stat().st_size for file in folder.iterdir()) <= 16_000_000

@@ -54,6 +54,7 @@ def test_readme_lists_every_method() -> None:
         ("across", README),
         ("translator", TRANSLATOR),
         ("ceilings", TRANSLATOR),
+        ("lora", TRANSLATOR),
         ("latents", TRANSLATOR),
         ("text", TRANSLATOR),
         ("decoding", TRANSLATOR),

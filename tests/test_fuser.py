@@ -2,28 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+import xxhash
+from safetensors.torch import load, save
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from conftest import ARCHITECTURES, byte_tokenizer, tiny_lm
 from kvtalk import Budget, Link, Plan
-from kvtalk.adapters import fusing
+from kvtalk.adapters import fusing, store
 from kvtalk.adapters.fuser import Fuser, FuserGeometry, Shape, narrowed
 from kvtalk.adapters.fusing import Own, Prompt, ReceiverSide, SharerSide
-from kvtalk.adapters.store import Party, load_fuser, read_card, save_adapter
+from kvtalk.adapters.store import (
+    CARD,
+    Party,
+    load_decoder,
+    load_encoder,
+    load_fuser,
+    open_slots,
+    read_card,
+    save_adapter,
+)
 from kvtalk.adapters.translator import Geometry, Translator
 from kvtalk.alignment.layers import layer_map
 from kvtalk.alignment.tokens import NONE, align, tokenize
 from kvtalk.errors import AdapterError, BudgetError, InputError, PacketError
 from kvtalk.fusion import FusedReceiver, FusedSharer, Fusion
+from kvtalk.link import Receiver
 from kvtalk.models import LM
 from kvtalk.packet import Packet
 from kvtalk.placement import PlacedCache
@@ -74,7 +87,7 @@ class Pair:
     def __init__(self, fuser: Fuser, sharer: LM, receiver: LM, folder: Path) -> None:
         parties = [Party(lm.name, lm.spec.fingerprint) for lm in (sharer, receiver)]
         card = save_adapter(fuser, *parties, folder, "fp32")
-        self.sharer = FusedSharer(SharerSide(card, fuser.opened(), sharer, receiver.tokenizer))
+        self.sharer = FusedSharer(SharerSide(card, fuser.opened().slots, sharer, receiver.tokenizer))
         self.side = ReceiverSide(card, fuser, receiver, sharer.tokenizer)
         self.receiver = FusedReceiver(receiver, [self.side])
 
@@ -211,13 +224,13 @@ def test_wrong_models_and_tokenizers_are_refused(joined: Pair, receiver: LM) -> 
     card, fuser = joined.side.card, joined.side.fuser
     tokenizer = other_lm().tokenizer
     with pytest.raises(AdapterError, match="this adapter's sharer is sharer; .*kvtalk train fuser"):
-        SharerSide(card, fuser, receiver, receiver.tokenizer)
+        SharerSide(card, fuser.slots, receiver, receiver.tokenizer)
     with pytest.raises(AdapterError, match="this adapter's receiver is gemma3"):
         ReceiverSide(card, fuser, tiny_lm("gemma3", 1), tokenizer)
     with pytest.raises(AdapterError, match="needs the tokenizer of sharer"):
         ReceiverSide(card, fuser, receiver, byte_tokenizer())
     with pytest.raises(AdapterError, match="needs the tokenizer of gemma3"):
-        SharerSide(card, fuser, other_lm(), tokenizer)
+        SharerSide(card, fuser.slots, other_lm(), tokenizer)
 
 
 def test_damaged_and_other_adapters_are_refused(joined: Pair, receiver: LM, tmp_path: Path) -> None:
@@ -249,6 +262,227 @@ def test_damaged_and_other_adapters_are_refused(joined: Pair, receiver: LM, tmp_
     (tmp_path / "fuser" / "adapter.json").write_text("{}")
     with pytest.raises(AdapterError, match="not an adapter"):
         read_card(tmp_path / "fuser", "fuser")
+
+
+@pytest.fixture
+def stored(joined: Pair, receiver: LM, tmp_path: Path) -> Path:
+    """The folder of a fuser whose matrices are packed."""
+    fuser = Fuser(replace(joined.side.geometry, hidden=64, middle=64, weighing=64))
+    with torch.no_grad():
+        fuser.gates[[0, 3, 6]] = torch.tensor([-1.0, 0.0, -0.1])
+    save_adapter(fuser, *(Party(lm.name, lm.spec.fingerprint) for lm in (other_lm(), receiver)), tmp_path, "nf4:1x64")
+    return tmp_path
+
+
+def on_card(folder: Path, **changes: object) -> None:
+    """Change sizes on a card; ``...`` takes one away."""
+    content = json.loads((folder / CARD).read_text())
+    content["geometry"].update(changes)
+    content["geometry"] = {name: value for name, value in content["geometry"].items() if value is not ...}
+    (folder / CARD).write_text(json.dumps(content))
+
+
+def in_file(folder: Path, name: str = "fuser", **changes: Tensor | None) -> None:
+    """Change a file's tensors, None takes one away, and give the card the right checksum."""
+    file = folder / f"{name}.safetensors"
+    tensors = {**load(file.read_bytes()), **changes}
+    file.write_bytes(save({key: tensor for key, tensor in tensors.items() if tensor is not None}))
+    content = json.loads((folder / CARD).read_text())
+    content["weights"][name] = xxhash.xxh3_64_hexdigest(file.read_bytes())
+    (folder / CARD).write_text(json.dumps(content))
+
+
+def shape_of(layers: object = 4, kv_heads: object = 2, head_dim: object = 16) -> dict[str, object]:
+    return {"layers": layers, "kv_heads": kv_heads, "head_dim": head_dim}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"hidden": 10**6}, "hidden 1000000: must be a whole number from 1 to 65,536"),
+        ({"hidden": -64}, "hidden -64"),
+        ({"hidden": 0}, "hidden 0"),
+        ({"hidden": "64"}, "hidden '64'"),
+        ({"hidden": True}, "hidden True"),
+        ({"middle": 64.0}, "middle 64.0"),
+        ({"weighing": None}, "weighing None"),
+        ({"blocks": 10**9}, "blocks 1000000000"),
+        ({"blocks": -1}, "blocks -1"),
+        ({"layers": [0, 1, 2]}, "3 layers are mapped, the receiver has 4"),
+        ({"layers": [0, 1, 2, 3, 3]}, "5 layers are mapped"),
+        ({"layers": [0, 1, 2, 4]}, "mapped layer 4: must be a whole number from 0 to 3"),
+        ({"layers": [0, 1, 2, -1]}, "mapped layer -1"),
+        ({"layers": "0123"}, "mapped layer '0'"),
+        ({"layers": 4}, "not iterable"),
+        ({"layers": ...}, "'layers'"),
+        ({"rope": "never"}, "rope 'never': must be one of before, after"),
+        ({"rope": ["before"]}, "rope"),
+        ({"alignment": "mean"}, "alignment 'mean': must be one of first, last, coverage"),
+        ({"gated": "yes"}, "gated 'yes': must be true or false"),
+        ({"sharer": ...}, "'sharer'"),
+        ({"sharer": [4, 2, 16]}, "mapping"),
+        ({"sharer": shape_of(head_dim="x")}, "sharer head_dim 'x'"),
+        ({"sharer": shape_of(kv_heads=-2)}, "sharer kv_heads -2"),
+        ({"receiver": shape_of(layers=10**6)}, "receiver layers 1000000"),
+        ({"receiver": {**shape_of(), "more": 1}}, "more"),
+        ({"colour": "blue"}, "colour"),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused_with_the_card(changes: dict[str, object], words: str, stored: Path) -> None:
+    on_card(stored, **changes)
+    with pytest.raises(AdapterError, match=r"not an adapter \(adapter.json is missing or damaged: ") as error:
+        read_card(stored, "fuser")
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"expansion": "2"}, "expansion '2'"),
+        ({"expansion": 1e300}, "expansion 1e"),
+        ({"expansion": float("nan")}, "expansion nan"),
+        ({"decoder_blocks": 1 << 20}, "more than 256 blocks"),
+        ({"width": 63}, "width 63"),
+        ({"latent": "x"}, "latent 'x'"),
+    ],
+)
+def test_a_translators_sizes_too(changes: dict[str, object], words: str, receiver: LM, tmp_path: Path) -> None:
+    values = [lm.spec.values_per_token for lm in (other_lm(), receiver)]
+    translator = Translator(Geometry(values[0], 4, values[1], width=64, latent=64, decoder_blocks=1, bottleneck=8))
+    save_adapter(translator, *(Party(lm.name, lm.spec.fingerprint) for lm in (other_lm(), receiver)), tmp_path)
+    card, folder = read_card(tmp_path)
+    for name, part in (("encoder", load_encoder), ("decoder", load_decoder)):
+        for key, expected in getattr(translator, name).state_dict().items():
+            torch.testing.assert_close(part(card, folder).state_dict()[key], expected, atol=0.01, rtol=0.01)
+    card.check("sharer", other_lm().spec)
+    card.check("receiver", receiver.spec)
+    on_card(tmp_path, **changes)
+    with pytest.raises(AdapterError, match="not an adapter") as error:
+        read_card(tmp_path)
+    assert words in str(error.value)
+    on_card(tmp_path, **translator.geometry.__dict__ | {"width": 1 << 19, "sharer_values": 1 << 20})
+    card, folder = read_card(tmp_path)
+    with pytest.raises(AdapterError, match="encoder.safetensors: its weights do not have the sizes"):
+        load_encoder(card, folder)
+    with pytest.raises(AdapterError, match=r"card gives its sharer other sizes \(1048576 values a token\)"):
+        card.check("sharer", other_lm().spec)
+
+
+@pytest.mark.parametrize("size", ["hidden", "middle", "weighing"])
+def test_nothing_is_made_of_a_cards_sizes_before_they_are_the_files(size: str, stored: Path) -> None:
+    """Of a width of 65,536 it would be hundreds of gigabytes."""
+    on_card(stored, **{size: 1 << 16})
+    card, folder = read_card(stored, "fuser")
+    for reading in (load_fuser, open_slots):
+        with pytest.raises(AdapterError, match="fuser.safetensors: its weights do not have the sizes") as error:
+            reading(card, folder)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"inward.weight.shape": torch.tensor([8, 96, 1 << 40])}, "inward.weight.shape"),
+        ({"inward.weight.shape": torch.tensor([8, 96, -64])}, "inward.weight.shape"),
+        ({"inward.weight.shape": torch.tensor([8.0, 96, 64])}, "inward.weight.shape"),
+        ({"inward.weight.shape": torch.tensor([8 * 96, 64])}, "inward.weight.shape"),
+        ({"inward.weight.shape": None}, "inward.weight.shape"),
+        ({"inward.weight.codes": torch.zeros(1, 768, 31, dtype=torch.uint8)}, "inward.weight.codes"),
+        ({"inward.weight.scales": torch.zeros(3, dtype=torch.uint8)}, "inward.weight.scales"),
+        ({"inward.weight.scales": None}, "inward.weight.scales"),
+        ({"inward.weight": torch.zeros(8, 96, 64)}, "inward.weight"),
+        ({"inward.weight.codec:nf4:1x64": None}, "inward.weight"),
+        ({"inward.weight.codec:int4:1x64": torch.empty(0)}, "inward.weight"),
+        ({"inward.weight.codec:nf4:1x64": None, "inward.weight.codec:none": torch.empty(0)}, "packed by 'none'"),
+        ({"inward.weight.codec:nf4:1x64": None, "inward.weight.codec:nf4:1x63": torch.empty(0)}, "do not divide"),
+        ({"inward.weight.codec:nf4:1x64": None, "inward.weight.codec:zip": torch.empty(0)}, "packed by 'zip'"),
+        ({"gates.codec:fp32": torch.empty(0)}, "gates cannot be packed"),
+        ({"gates": torch.zeros(8, dtype=torch.int64)}, "gates"),
+        ({"gates": torch.zeros(9)}, "gates"),
+        ({"gates": None}, "gates"),
+        ({"more": torch.zeros(1)}, "more"),
+    ],
+)
+def test_files_that_do_not_hold_what_the_card_says_are_refused(
+    changes: dict[str, Tensor | None], words: str, stored: Path
+) -> None:
+    in_file(stored)
+    load_fuser(*read_card(stored, "fuser"))
+    in_file(stored, **changes)
+    card, folder = read_card(stored, "fuser")
+    for reading in (load_fuser, open_slots):
+        with pytest.raises(AdapterError, match="fuser.safetensors: (its weights do not have|damaged)") as error:
+            reading(card, folder)
+        assert words in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+def test_a_file_that_is_no_safetensors_is_refused(stored: Path) -> None:
+    for blob in (b"", b"x" * 40, (1 << 60).to_bytes(8, "little") + b"{}"):
+        (stored / "fuser.safetensors").write_bytes(blob)
+        content = json.loads((stored / CARD).read_text())
+        content["weights"]["fuser"] = xxhash.xxh3_64_hexdigest(blob)
+        (stored / CARD).write_text(json.dumps(content))
+        card, folder = read_card(stored, "fuser")
+        with pytest.raises(AdapterError, match="fuser.safetensors: damaged"):
+            load_fuser(card, folder)
+
+
+def test_open_slots_are_read_alone(stored: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    card, folder = read_card(stored, "fuser")
+    fuser = load_fuser(card, folder)
+    assert fuser.gates.faster > 1  # type: ignore[attr-defined]
+    assert all(parameter.requires_grad and parameter.device.type == "cpu" for parameter in fuser.parameters())
+    monkeypatch.setattr(store, "codec", None)  # nothing is unpacked; of the packings the sizes alone are compared
+    monkeypatch.setattr(store._Stored, "check", lambda self: None)
+    assert open_slots(card, folder) == fuser.opened().slots == (1, 2, 4, 5, 7)
+    file = stored / "fuser.safetensors"
+    blob = bytearray(file.read_bytes())
+    blob[-1] ^= 1
+    file.write_bytes(blob)
+    with pytest.raises(AdapterError, match="checksum"):
+        open_slots(card, folder)
+
+
+def test_every_slot_is_open_without_gates(joined: Pair, receiver: LM, tmp_path: Path) -> None:
+    fuser = Fuser(replace(joined.side.geometry, gated=False))
+    card = save_adapter(fuser, *(Party(lm.name, lm.spec.fingerprint) for lm in (other_lm(), receiver)), tmp_path)
+    assert open_slots(card, tmp_path) == fuser.opened().slots == tuple(range(8))
+    (tmp_path / "fuser.safetensors").unlink()
+    with pytest.raises(AdapterError, match="missing"):
+        open_slots(card, tmp_path)
+
+
+@pytest.mark.parametrize("role", ["sharer", "receiver"])
+def test_a_cards_sizes_are_those_of_the_model_beside_it(joined: Pair, receiver: LM, role: str) -> None:
+    geometry = joined.side.geometry
+    shape = getattr(geometry, role)
+    wrong = replace(geometry, **{role: replace(shape, kv_heads=2 * shape.kv_heads, head_dim=shape.head_dim // 2)})
+    card = replace(joined.side.card, geometry=wrong)
+    with pytest.raises(AdapterError, match=f"card gives its {role} other sizes .*4 layers of {2 * shape.kv_heads} KV"):
+        if role == "sharer":
+            SharerSide(card, joined.side.fuser.slots, other_lm(), receiver.tokenizer)
+        else:
+            ReceiverSide(card, joined.side.fuser, receiver, other_lm().tokenizer)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda card: card["sharer"].update(name=["a"]),
+        lambda card: card["sharer"]["fingerprint"].update(weights=3),
+        lambda card: card.update(facts=[1]),
+        lambda card: card.update(geometry=[1]),
+        lambda card: card.update(kind=["fuser"]),
+    ],
+)
+def test_cards_of_other_types_are_refused(change: Callable[[dict[str, object]], None], stored: Path) -> None:
+    content = json.loads((stored / CARD).read_text())
+    change(content)
+    (stored / CARD).write_text(json.dumps(content))
+    with pytest.raises(AdapterError, match="not an adapter"):
+        read_card(stored)
 
 
 def test_another_text_at_the_sharer_is_refused(joined: Pair) -> None:
@@ -327,10 +561,9 @@ def test_asking_in_one_process(joined: Pair, receiver: LM, tmp_path: Path, monke
     save_adapter(fuser, *(Party(lm.name, lm.spec.fingerprint) for lm in (other_lm(), receiver)), tmp_path)
     fusion = Fusion(receiver, [other_lm()], [tmp_path])
     made = fusion.ask("Who built the ferry?", TEXT, budget="4bits", max_new_tokens=6)
-    shared = f"{TEXT}\nWho built the ferry?"
-    ids = receiver.encode(f"\nQuestion: {shared}\nAnswer:")
-    assert made.text == receiver.generate([ids], max_new_tokens=6)[0].text
-    assert made.cost.context_tokens == len(other_lm().encode(fusing.prompt_of(BARE, shared).shared))
+    shared = f"{TEXT}\nQuestion: Who built the ferry?"
+    assert made.text == Receiver(receiver).answer_text(TEXT, "Who built the ferry?", max_new_tokens=6).text
+    assert made.cost.context_tokens == len(other_lm().encode(shared))
     assert 0 < made.cost.bits_per_value <= 4
     with pytest.raises(InputError, match="empty"):
         fusion.ask(" ")

@@ -20,7 +20,7 @@ from kvtalk import Plan
 from kvtalk.adapters.fuser import Fuser, FuserGeometry
 from kvtalk.adapters.fusing import ReceiverSide, SharerSide, bare_layers, chat_prompt, prompt_of
 from kvtalk.adapters.store import Party, load_fuser, read_card, save_adapter
-from kvtalk.alignment.tokens import NONE, align, tokenize
+from kvtalk.alignment.tokens import NONE, align, spread, tokenize
 from kvtalk.errors import TrainingError
 from kvtalk.fusion import FusedReceiver, FusedSharer
 from kvtalk.models import LM
@@ -37,7 +37,7 @@ from kvtalk.training.exchanges import (
     Multiple,
     Prompt,
     letter_turn,
-    wrong_pairs,
+    wrong_of,
 )
 from kvtalk.training.fuser import FuserRecipe, Fusing, training
 from kvtalk.training.loop import Loop, Schedule
@@ -183,7 +183,7 @@ def test_a_part_is_kept_back_with_two_rows_of_a_kind_at_least() -> None:
     for kind, listed in whole.rows.items():
         assert learned.rows[kind] + kept.rows[kind] == listed
     assert {kind: len(listed) for kind, listed in kept.rows.items()} == {"choices": 2, "oracle": 2, "instructions": 6}
-    learned, kept = Exchanges.of([ASKED, *[TOLD] * 15]).split(0.04)
+    learned, kept = Exchanges.of([ASKED, *(dict(TOLD, prompt=f"Say {number}.") for number in range(15))]).split(0.04)
     assert set(learned.rows) == {"instructions"}
     assert len(kept.rows["oracle"]) == 1
 
@@ -236,20 +236,47 @@ def test_prompts_of_which_nothing_can_be_fused_are_left_out(models: tuple[LM, LM
 
 def test_a_wrong_pair_is_of_another_question(models: tuple[LM, LM]) -> None:
     made = batches(models)
-    for batch in (varied(models)[1], *made.checks(8).values()):
-        wrong = wrong_pairs(batch)
+    checks = made.checks(8)
+    assert {batch.kind for batch, _ in checks} == {"choices", "oracle", "instructions"}
+    for batch, wrong in ((varied(models)[1], wrong_of(varied(models)[1])), *checks):
         assert wrong is not None
-        for row, other in zip(batch.pairs.rows.tolist(), wrong.rows.tolist(), strict=True):
-            assert batch.sharer[row] != batch.sharer[other]
-            assert batch.questions[row] != batch.questions[other]
-        assert torch.equal(wrong.ours, batch.pairs.ours)
-        assert bool((wrong.theirs < torch.tensor(batch.counts)[wrong.rows]).all())
+        assert all(own != other for own, other in zip(batch.sharer, wrong.sharer, strict=True))
+        assert torch.equal(wrong.pairs.rows, batch.pairs.rows)
+        assert torch.equal(wrong.pairs.ours, batch.pairs.ours)
+        assert bool((wrong.pairs.theirs < torch.tensor(wrong.counts)[wrong.pairs.rows]).all())
+        if batch.kind == "oracle":  # the same question after another context
+            assert torch.equal(wrong.pairs.theirs, batch.pairs.theirs)
+            for own, other, begin, there in zip(batch.sharer, wrong.sharer, batch.begins, wrong.begins, strict=True):
+                assert own[begin:] == other[there:]
+                assert own[:begin] != other[:there]
     same = Exchange(Prompt("", "Who?"), Prompt("", "Who?"), " x", ends=False)
     other = Exchange(Prompt("", "When was it?"), Prompt("", "When was it?"), " x", ends=False)
-    twice = wrong_pairs(made.of([same, same, other], "instructions"))
+    batch = made.of([same, same, other], "instructions")
+    twice = wrong_of(batch)
     assert twice is not None
-    assert twice.rows.tolist() == [2] * 6 + [0] * 11
-    assert wrong_pairs(made.of([same, same], "instructions")) is None
+    assert twice.sharer == [batch.sharer[2], batch.sharer[2], batch.sharer[0]]
+    assert wrong_of(made.of([same, same], "instructions")) is None
+
+
+def test_another_text_stands_in_token_by_token() -> None:
+    assert spread([1, 2, 3], [1, 2, 3]).tolist() == [0, 1, 2]
+    assert spread([7, 1, 2, 8, 9], [7, 5, 8, 9]).tolist() == [0, 1, 1, 2, 3]
+    assert spread([7, 1, 8], [7, 4, 5, 6, 3, 8]).tolist() == [0, 1, 5]
+    assert spread([7, 1, 8], [7, 8]).tolist() == [0, 1, 1]
+    assert spread([], [1]).tolist() == []
+    assert spread([1, 1, 1], [1]).tolist() == [0, 0, 0]
+
+
+def test_no_context_question_or_prompt_is_in_both_parts() -> None:
+    rows = [{"context": f"Text {n // 5}.", "question": f"What is {n}?", "answers": ["it"]} for n in range(60)]
+    rows += [{"prompt": f"Do {n // 2}.", "response": "Done."} for n in range(60)]
+    rows += [{"question": f"Which {n // 3}?", "choices": ["a", "b"], "answer": 0} for n in range(60)]
+    learned, kept = Exchanges.of(rows).split(0.1)
+    for kind, field in (("oracle", "context"), ("instructions", "prompt"), ("choices", "question")):
+        both = [{getattr(row, field) for row in part.rows[kind]} for part in (learned, kept)]
+        assert not both[0] & both[1]
+        assert len(both[1]) >= 2
+        assert len(learned.rows[kind]) + len(kept.rows[kind]) == 60
 
 
 # What a token policy drops
@@ -270,7 +297,8 @@ def dropped(models: tuple[LM, LM], geometry: FuserGeometry, batch: FusedBatch, p
     cache, _ = models[0].read_whole(batch.sharer)
     layers = bare_layers(cache, models[0].spec, geometry, sorted(set(geometry.layers)))
     columns = batch.pairs.theirs + torch.tensor(batch.begins)[batch.pairs.rows]
-    return {index: fuser_training._dropped(layer, batch, plan, batch.pairs, columns) for index, layer in layers.items()}
+    kept = {index: fuser_training._kept(layer, batch, plan) for index, layer in layers.items()}
+    return {index: ~which[batch.pairs.rows, columns] for index, which in kept.items()}
 
 
 @pytest.mark.parametrize("keep", ["25%", "3"])
@@ -311,7 +339,7 @@ class Pair:
     def __init__(self, models: tuple[LM, LM], folder: Path) -> None:
         card, where = read_card(folder, "fuser")
         fuser = load_fuser(card, where)
-        self.sharer = FusedSharer(SharerSide(card, fuser.opened(), models[0], models[1].tokenizer))
+        self.sharer = FusedSharer(SharerSide(card, fuser.opened().slots, models[0], models[1].tokenizer))
         self.receiver = FusedReceiver(models[1], [ReceiverSide(card, fuser, models[1], models[0].tokenizer)])
 
     def packet(self, exchange: Exchange, plan: str) -> memoryview:
@@ -343,7 +371,7 @@ def trained_logits(objective: Fusing, fuser: Fuser, batch: FusedBatch, monkeypat
 
     monkeypatch.setattr(fuser_training, "token_losses", spy)
     fuser.eval()
-    objective._answered(fuser, batch, batch.pairs)
+    objective._answered(fuser, batch)
     return list(torch.split(seen[0], [len(answer) for answer in batch.answers]))
 
 
@@ -449,7 +477,8 @@ def test_the_loss_of_what_can_be_learned_falls_and_the_models_stay(
     models: tuple[LM, LM], geometry: FuserGeometry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = weights(models)
-    few = [{"prompt": prompt, "response": "yes"} for prompt in ("Is it the mill?", "Is it red?", "a", "Who?")] * 6
+    asked = ("Is it the mill?", "Is it red?", "a", "Who?", "Is it a bird?", "Is it the sea?", "Is it far?", "Is it?")
+    few = [{"prompt": prompt, "response": "yes"} for prompt in asked] * 3
     recipe = replace(RECIPE, schedule=replace(SCHEDULE, steps=40), packing="nf4:1x8")
     run = training(*models, Exchanges.of(few), geometry, recipe, tmp_path)
     seen = seen_until(run, 40, check_every=20)

@@ -115,6 +115,15 @@ class FusedReceiver:
     """
 
     def __init__(self, lm: LM, sides: Sequence[ReceiverSide]) -> None:
+        """Put fusers beside the receiver.
+
+        Raises:
+            AdapterError: several, of which one takes the place of the receiver's own cache.
+        """
+        if len(sides) > 1 and not all(side.geometry.residual for side in sides):
+            raise AdapterError(
+                "a fuser without residual replaces the receiver's own cache: it cannot be one of several"
+            )
         self.lm, self.sides = lm, list(sides)
 
     def unpack(self, sharer: int, blob: memoryview) -> Prefix:
@@ -219,9 +228,15 @@ class Fusion:
         """
         if not question.strip():
             raise InputError("the question is empty")
-        shared = question if context is None else f"{context}\n{question}"
-        prompts = [prompt_of(sharer.side.lm.prompt, shared) for sharer in self.sharers]
-        ours = prompt_of(self.receiver.lm.prompt, shared)
+        form = self.receiver.lm.prompt
+        theirs = [sharer.side.lm.prompt for sharer in self.sharers]
+        if context is None:
+            prompts, ours = [prompt_of(one, question) for one in theirs], prompt_of(form, question)
+        else:
+            space = " " if form.head.endswith(" ") else ""  # belongs to the word after it
+            shared = f"{space}{context}{form.before_question}{question}"
+            made = [Prompt(one.head.removesuffix(" "), shared, one.after_question) for one in (*theirs, form)]
+            prompts, ours = made[:-1], made[-1]
         return self.answer(prompts, ours, budget=budget, plan=plan, max_new_tokens=max_new_tokens, **options)
 
     def conversation(self) -> Conversation:

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from kvtalk.adapters.fuser import Fuser, FuserGeometry
 from kvtalk.adapters.halves import beside, tokenizer_of
-from kvtalk.adapters.store import Card, load_fuser, read_card
+from kvtalk.adapters.store import Card, load_fuser, open_slots, read_card
 from kvtalk.alignment.tokens import NONE, Tokenized, align, tokenize
 from kvtalk.cache import PADDING, KVCache, LayerCache, Prefix
 from kvtalk.codecs import NOTHING
@@ -75,7 +75,8 @@ def chat_prompt(tokenizer: PreTrainedTokenizerBase, turn: str) -> Prompt:
     Raises:
         AlignmentError: a template that changes the turn.
     """
-    before, found, after = render(tokenizer, [turn]).rpartition(turn)
+    mark = "\x02turn\x03"
+    before, found, after = render(tokenizer, [mark]).partition(mark)
     if not found:
         raise AlignmentError("the chat template changes what the user says: such prompts cannot be aligned")
     return Prompt(before, turn, after)
@@ -143,12 +144,12 @@ class SharerSide:
         lm: the sharer.
     """
 
-    def __init__(self, card: Card, fuser: Fuser, lm: LM, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, card: Card, slots: Sequence[int], lm: LM, tokenizer: PreTrainedTokenizerBase) -> None:
         """Put a fuser's knowledge of what it reads beside the sharer.
 
         Args:
             card: of the fuser.
-            fuser: says which layers are read.
+            slots: those whose gates are open, which say what layers are read.
             lm: the sharer.
             tokenizer: the receiver's.
 
@@ -160,7 +161,7 @@ class SharerSide:
         card.check_tokenizer(tokenizer)
         self.card, self.lm, self.tokenizer = card, lm, tokenizer
         self.geometry = geometry_of(card)
-        self.layers = fuser.sharer_layers
+        self.layers = sorted({self.geometry.layers[slot // 2] for slot in slots})
         if not self.layers:
             raise AdapterError("every gate of this fuser is closed: it adds nothing")
         self.spec = wire_spec(card, lm.spec)
@@ -477,7 +478,7 @@ def sharer_side(name: str | Path, sharer: LM) -> SharerSide:
         ModelError: the receiver's tokenizer cannot be loaded.
     """
     card, folder = read_card(name, "fuser")
-    return SharerSide(card, load_fuser(card, folder).opened(), sharer, tokenizer_of(card.receiver.name))
+    return SharerSide(card, open_slots(card, folder), sharer, tokenizer_of(card.receiver.name))
 
 
 def receiver_side(name: str | Path, receiver: LM) -> ReceiverSide:

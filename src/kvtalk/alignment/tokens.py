@@ -148,6 +148,28 @@ def align(sharer: Tokenized, receiver: Tokenized, strategy: str = "coverage") ->
     return runs(sharer, receiver, strategy).index()
 
 
+def spread(own: Sequence[int], other: Sequence[int]) -> Indices:
+    """Which token of another text may stand in for each token of this one, where any other text will do.
+
+    What both begin and end with stands for itself (a template's words, say); what is between is spread evenly.
+
+    Args:
+        own: tokens of this text.
+        other: of the other one, in the same vocabulary; at least one.
+
+    Returns:
+        indices into ``other``, ``[own tokens]``, never decreasing.
+    """
+    least = min(len(own), len(other))
+    begin = next((at for at in range(least) if own[at] != other[at]), least)
+    end = next((at for at in range(least - begin) if own[-1 - at] != other[-1 - at]), least - begin)
+    ours, theirs = len(own) - begin - end, len(other) - begin - end
+    between = begin + np.arange(ours) * theirs // max(ours, 1)
+    last = np.arange(len(other) - end, len(other))
+    places: Indices = np.concatenate([np.arange(begin), between, last]).astype(np.int64)
+    return np.minimum(places, len(other) - 1)
+
+
 def _most_covered(sharer: Indices, receiver: Indices, first: Indices, stop: Indices) -> Indices:
     """All overlapping pairs in one list, and of each receiver token's the first that is the largest."""
     count = stop - first

@@ -15,6 +15,7 @@ from zlib import crc32
 import torch
 
 from kvtalk.adapters.fusing import Prompt
+from kvtalk.alignment.tokens import spread
 from kvtalk.cache import LayerCache, Prefix
 from kvtalk.evaluation.arms import Arm
 from kvtalk.evaluation.data import Item, Passage
@@ -142,7 +143,9 @@ class Batch:
         if arm.kind == "wrong":
             blobs, plans = self._fused_read(fusion, wrong=True).send(arm)
             others = [fusion.receiver.unpack(0, blob) for blob in blobs]
-            received = [_in_place_of(*both) for both in zip(received, others, strict=True)]
+            texts = zip(own.shared, self._fused_read(fusion, wrong=True).shared, strict=True)
+            places = [torch.from_numpy(spread(*both)) for both in texts]
+            received = [_in_place_of(*three) for three in zip(received, others, places, strict=True)]
         last, placed = fusion.receiver.fuse(own.prompts, [received])
         outcomes = self.protocol.answer(fusion.receiver.lm, self.items, last, placed, self.settings.temperature)
         sizes = zip(self.items, outcomes, blobs, own.tokens, plans, strict=True)
@@ -239,6 +242,11 @@ class _FusedRead:
         self.cache = sharer.read(*theirs)
         self.tokens = self.cache.length
 
+    @property
+    def shared(self) -> list[list[int]]:
+        """The shared texts in the sharer's tokens."""
+        return [self.sharer.side.lm.encode(prompt.shared) for prompt in self.theirs]
+
     def send(self, arm: Arm) -> tuple[list[memoryview], list[Plan]]:
         """A packet of each, and how it was packed."""
         if arm.budget is None:
@@ -284,17 +292,23 @@ def _zeros(prefix: Prefix) -> Iterator[LayerCache]:
         yield LayerCache(nothing, nothing, layer.positions)
 
 
-def _in_place_of(own: Prefix, other: Prefix) -> Prefix:
-    """Another prompt's tokens where those of this one lie, spread evenly over them."""
+def _in_place_of(own: Prefix, other: Prefix, places: torch.Tensor) -> Prefix:
+    """Another prompt's tokens where those of this one lie.
+
+    Args:
+        own: this one's packet.
+        other: the other one's.
+        places: which token of the other stands in for each of this one's; the nearest that was sent is taken.
+    """
 
     def layers() -> Iterator[LayerCache]:
         for mine, theirs in zip(own.layers, other.layers, strict=True):
-            wanted, held = mine.positions.shape[1], theirs.positions.shape[1]
+            held = theirs.positions.shape[1]
             keys = torch.empty(1, theirs.shape[0], held, theirs.shape[1])
             values = torch.empty_like(keys)
             theirs.keys_into(keys)
             theirs.values_into(values)
-            columns = torch.arange(wanted) * held // max(wanted, 1)
+            columns = torch.searchsorted(theirs.positions[0], places[mine.positions[0]]).clamp(max=max(held - 1, 0))
             yield LayerCache(keys[:, :, columns], values[:, :, columns], mine.positions)
 
     return replace(own, layers=layers())

@@ -137,6 +137,7 @@ def fuser(
     policy: Annotated[str, typer.Option(help="Token policy for that.")] = "value_norm",
     packing: Annotated[str, typer.Option(help="Codec of the saved matrices; bf16 for none.")] = "nf4:1x64",
     check_every: Annotated[int, typer.Option(min=1, help="Steps between validations and checkpoints.")] = 250,
+    checks: Annotated[int, typer.Option(min=4, help="Kept-back rows of each kind to validate on.")] = 64,
     seed: Annotated[int, typer.Option(help="Of everything drawn.")] = 0,
 ) -> None:
     """Train a fuser: both models read a prompt, and the sharer's cache enriches the receiver's.
@@ -177,14 +178,14 @@ def fuser(
         packing=pack,
         seed=seed,
     )
-    run = training(reads, answers, exchanges, geometry, recipe, out_folder)
+    run = training(reads, answers, exchanges, geometry, recipe, out_folder, checks)
     made = _go(run, steps, check_every)
     if not run.accelerator.is_main_process:
         return
     facts = {"data": [Path(name).name for name in data], "steps": steps, "plan": plan}
     save_adapter(made, *parties, out_folder, pack, facts)
     out.print(
-        f"next: kvtalk eval --task arc_easy --receiver {receiver} --fuser {out_folder} "
+        f"next: kvtalk eval --task arc_easy --sharer {sharer} --receiver {receiver} --fuser {out_folder} "
         "--arms receiver,sharer,fused,wrong,zeroed",
         highlight=False,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -13,7 +13,7 @@ import xxhash
 from torch.utils.data import Dataset
 
 from kvtalk.adapters.fusing import Pairs, Prompt, chat_prompt, paired, prompt_of
-from kvtalk.alignment.tokens import Tokenized, tokenize
+from kvtalk.alignment.tokens import Tokenized, spread, tokenize
 from kvtalk.errors import TrainingError
 from kvtalk.evaluation.tasks.base import LETTER_PROMPT
 from kvtalk.loading import bos
@@ -25,6 +25,8 @@ _LEAST_ROWS = 16
 _USAGE = "prompt, response; or question, choices, answer (index of the right one); or context, question, answers"
 _RESPONSE = 240
 """Characters of a response that are learned at most."""
+_OPTIONS = 4
+"""Of a multiple-choice question, about."""
 _LONGEST = 3000
 """Characters of an instruction's prompt at most; what is longer is cut."""
 
@@ -147,13 +149,20 @@ class Exchanges:
         return str(xxhash.xxh3_64_hexdigest(repr(self.rows).encode()))
 
     def split(self, share: float) -> tuple[Exchanges, Exchanges]:
-        """A training and a validation part, the latter with two rows of a kind at least where there are four: one row
-        alone has no other that a wrong cache could come from."""
-        cuts = {kind: max(2 if len(listed) >= 4 else 1, int(share * len(listed))) for kind, listed in self.rows.items()}
-        return (
-            Exchanges({kind: listed[: -cuts[kind]] for kind, listed in self.rows.items() if len(listed) > cuts[kind]}),
-            Exchanges({kind: listed[-cuts[kind] :] for kind, listed in self.rows.items()}),
-        )
+        """A training and a validation part; no context, question or prompt is in both.
+
+        Of each kind two texts at least are kept back where there are four: one alone has no other that a wrong cache
+        could come from.
+        """
+        learned: dict[str, list[Any]] = {}
+        checked: dict[str, list[Any]] = {}
+        for kind, listed in self.rows.items():
+            texts = list(dict.fromkeys(map(_text, listed)))
+            kept = set(texts[-max(2 if len(texts) >= 4 else 1, int(share * len(texts))) :])
+            checked[kind] = [row for row in listed if _text(row) in kept]
+            if len(kept) < len(texts):
+                learned[kind] = [row for row in listed if _text(row) not in kept]
+        return Exchanges(learned), Exchanges(checked)
 
 
 @dataclass(frozen=True)
@@ -204,8 +213,7 @@ class FusedBatches(Dataset[FusedBatch]):
             both = prompt_of(theirs, row.question, row.context), prompt_of(ours, row.question)
             return Exchange(*both, answer, ends=not ours.stop)
         if isinstance(row, Instruction):
-            response = row.response[:_RESPONSE].rpartition(" ")[0] if len(row.response) > _RESPONSE else row.response
-            return self._chat(row.prompt, response, "\n", ends=len(row.response) <= _RESPONSE)
+            return self._chat(row.prompt, _cut(row.response), "\n", ends=len(row.response) <= _RESPONSE)
         if rng.random() < self.mixture.letters:
             return self._chat(letter_turn(row), chr(65 + row.answer), " ", ends=True)
         text = row.question if rng.random() < self.mixture.bare else f"Question: {row.question}\nAnswer:"
@@ -247,26 +255,46 @@ class FusedBatches(Dataset[FusedBatch]):
             kind=kind,
         )
 
-    def checks(self, rows: int) -> dict[str, FusedBatch]:
-        """Some rows of each kind, always the same; of multiple choice a row for each option, in words."""
-        found = {}
+    def checks(self, rows: int) -> list[tuple[FusedBatch, FusedBatch | None]]:
+        """Some rows of each kind, always the same, and each batch with wrong sharer caches, if there are others; of
+        multiple choice a row for each option, in words."""
+        found = []
         for kind, listed in self.exchanges.rows.items():
-            rng, made = random.Random(0), []
-            for number, row in enumerate(listed[:rows]):
-                if not isinstance(row, Multiple):
-                    made.append(self.exchange(row, rng))
-                    continue
-                prompt = Prompt("", f"Question: {row.question}\nAnswer:")
-                made += [
-                    Exchange(prompt, prompt, f" {choice}", False, number, index == row.answer)
-                    for index, choice in enumerate(row.choices)
-                ]
-            found[kind] = self.of(self._within(made), kind)
+            rng = random.Random(0)
+            groups = [self._answers(row, number, rng) for number, row in enumerate(_spaced(listed, rows))]
+            while groups:
+                count = len(self._within([group[0] for group in groups]))
+                made = [exchange for group in groups[:count] for exchange in group]
+                batch = self.of(made, kind)
+                found.append((batch, self._elsewhere(made, batch) if kind == "oracle" else wrong_of(batch)))
+                groups = groups[count:]
         return found
 
+    def _answers(self, row: Row, number: int, rng: random.Random) -> list[Exchange]:
+        """A row with each answer that is compared."""
+        if not isinstance(row, Multiple):
+            return [self.exchange(row, rng)]
+        prompt = Prompt("", f"Question: {row.question}\nAnswer:")
+        return [
+            Exchange(prompt, prompt, f" {choice}", False, number, index == row.answer)
+            for index, choice in enumerate(row.choices)
+        ]
+
+    def _elsewhere(self, exchanges: Sequence[Exchange], batch: FusedBatch) -> FusedBatch | None:
+        """The same questions with the sharer's words before them, its context among these, from another row."""
+        befores = list(dict.fromkeys(exchange.sharer.before for exchange in exchanges))
+        if len(befores) == 1 or len(batch.sharer) < len(exchanges):
+            return None
+        ring = dict(zip(befores, befores[1:] + befores[:1], strict=True))
+        moved = [replace(one, sharer=replace(one.sharer, before=ring[one.sharer.before])) for one in exchanges]
+        return self._of(moved, batch.kind)
+
     def _within(self, exchanges: Sequence[Exchange]) -> list[Exchange]:
-        """The first ones, as many as a step may read."""
-        read = [len(one.sharer.before) + 2 * len(one.sharer.shared) for one in exchanges]
+        """The first ones, as many as a step may read; at least one."""
+        read = [
+            (1 if one.question < 0 else _OPTIONS) * (len(one.sharer.before) + 2 * len(one.sharer.shared))
+            for one in exchanges
+        ]
         fitting = [
             one for one, sum_ in zip(exchanges, accumulate(read), strict=True) if sum_ <= 4 * self.mixture.tokens
         ]
@@ -308,17 +336,51 @@ def letter_turn(row: Multiple) -> str:
     return LETTER_PROMPT.format(question=row.question, choices=options)
 
 
-def wrong_pairs(batch: FusedBatch) -> Pairs | None:
-    """Each row's tokens paired with those of another question, at the same place in relation to its length; None where
-    all rows ask the same."""
-    pairs, counts = batch.pairs, torch.tensor(batch.counts)
+def wrong_of(batch: FusedBatch) -> FusedBatch | None:
+    """The same with another question's sharer cache in each row; None where all rows ask the same.
+
+    Its tokens stand in for those of the right one as in evaluations, see :func:`kvtalk.alignment.tokens.spread`.
+    """
     asked = [tuple(row) for row in batch.sharer]
     first = {text: row for row, text in reversed(list(enumerate(asked)))}
     if len(first) == 1:
         return None
-    others = dict(zip(first, [*first.values()][1:] + [*first.values()][:1], strict=True))
-    rows = torch.tensor([others[text] for text in asked])[pairs.rows]
-    return Pairs(rows, pairs.ours, pairs.theirs * counts[rows] // counts[pairs.rows])
+    ring = dict(zip(first, [*first.values()][1:] + [*first.values()][:1], strict=True))
+    others = [ring[text] for text in asked]
+    shared = [row[begin:] for row, begin in zip(batch.sharer, batch.begins, strict=True)]
+    places = [torch.from_numpy(spread(shared[row], shared[other])) for row, other in enumerate(others)]
+
+    def moved(pairs: Pairs) -> Pairs:
+        theirs = [int(places[row][at]) for row, at in zip(pairs.rows.tolist(), pairs.theirs.tolist(), strict=True)]
+        return Pairs(pairs.rows, pairs.ours, torch.tensor(theirs))
+
+    return replace(
+        batch,
+        sharer=[batch.sharer[other] for other in others],
+        begins=[batch.begins[other] for other in others],
+        counts=[batch.counts[other] for other in others],
+        pairs=moved(batch.pairs),
+        lent=moved(batch.lent),
+    )
+
+
+def _text(row: Row) -> str:
+    """By which rows belong together."""
+    return row.context if isinstance(row, Question) else row.prompt if isinstance(row, Instruction) else row.question
+
+
+def _spaced(rows: Sequence[Row], count: int) -> list[Row]:
+    """So many rows, of as many texts as possible."""
+    one_each = list({_text(row): row for row in reversed(rows)}.values())[::-1]
+    return one_each[:count]
+
+
+def _cut(response: str) -> str:
+    """The beginning of a long response, between words where it has any."""
+    if len(response) <= _RESPONSE:
+        return response
+    words = response[:_RESPONSE].rsplit(maxsplit=1)[0]
+    return words if len(words) > _RESPONSE // 2 else response[:_RESPONSE]
 
 
 def _read(row: dict[str, Any], number: int) -> Row:
