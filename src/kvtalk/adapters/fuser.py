@@ -268,12 +268,10 @@ class Fuser(nn.Module):
         return self.of_slots(self.is_open.nonzero()[:, 0].tolist())
 
     def of_slots(self, which: Sequence[int]) -> Fuser:
-        """The same with some of its slots, by their place in :attr:`slots`."""
+        """The same with some of its slots, by their place in :attr:`slots`; those of a range share its memory."""
         fuser = Fuser(self.geometry, [self.slots[index] for index in which])
-        rows = torch.tensor(which, dtype=torch.long)
-        fuser.load_state_dict(
-            {name: tensor[rows.to(tensor.device)] for name, tensor in self.state_dict().items()}, assign=True
-        )
+        rows = slice(which.start, which.stop, which.step) if isinstance(which, range) else list(which)
+        fuser.load_state_dict({name: tensor[rows] for name, tensor in self.state_dict().items()}, assign=True)
         return fuser.train(self.training)
 
     def split(self, slots: int) -> list[Fuser]:

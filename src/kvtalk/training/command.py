@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 if TYPE_CHECKING:
+    from kvtalk.models import LM
     from kvtalk.training.loop import Loop
 
 app = typer.Typer(no_args_is_help=True, help="Fit adapters between two models.")
@@ -59,17 +60,13 @@ def translator(
     """
     from kvtalk.adapters.store import Party, save_adapter
     from kvtalk.adapters.translator import Geometry, Translator
-    from kvtalk.models import LM
     from kvtalk.training.batches import Recipe
     from kvtalk.training.loop import Schedule
     from kvtalk.training.texts import Texts
     from kvtalk.training.translator import training
 
     texts = Texts.load(data)
-    with out.status("loading ..."):
-        device = _device()
-        reads = LM.load(sharer, device=device)
-        answers = reads if receiver == sharer else LM.load(receiver, device=device)
+    reads, answers = _loaded(sharer, receiver)
     parties = (Party(reads.name, reads.spec.fingerprint), Party(answers.name, answers.spec.fingerprint))
     geometry = Geometry(
         sharer_values=reads.spec.values_per_token,
@@ -147,16 +144,12 @@ def fuser(
     from kvtalk.adapters.fuser import Fuser, FuserGeometry, Shape, narrowed
     from kvtalk.adapters.store import Party, save_adapter
     from kvtalk.alignment.layers import layer_map
-    from kvtalk.models import LM
     from kvtalk.training.exchanges import Exchanges, Mixture
     from kvtalk.training.fuser import FuserRecipe, training
     from kvtalk.training.loop import Schedule
 
     exchanges = Exchanges.load(data)
-    with out.status("loading ..."):
-        device = _device()
-        reads = LM.load(sharer, device=device)
-        answers = reads if receiver == sharer else LM.load(receiver, device=device)
+    reads, answers = _loaded(sharer, receiver)
     parties = (Party(reads.name, reads.spec.fingerprint), Party(answers.name, answers.spec.fingerprint))
     shapes = Shape.of(reads.spec), Shape.of(answers.spec)
     mapped = layer_map(shapes[0].layers, shapes[1].layers, layers)
@@ -226,6 +219,16 @@ def lora(
         return
     trained.save_pretrained(out_folder)
     out.print(f"next: kvtalk eval --task squad --receiver '{receiver}+{out_folder}' --arms text ...", highlight=False)
+
+
+def _loaded(sharer: str, receiver: str) -> tuple[LM, LM]:
+    """Both models on this process's device; a name given twice is loaded once."""
+    from kvtalk.models import LM
+
+    with out.status("loading ..."):
+        device = _device()
+        reads = LM.load(sharer, device=device)
+        return reads, reads if receiver == sharer else LM.load(receiver, device=device)
 
 
 def _device() -> str:
