@@ -102,7 +102,7 @@ def stacked(
     both = zip(parts, torch.split(vectors, sizes), torch.split(ours, sizes), strict=True)
     added = torch.cat([part(theirs, one) for part, theirs, one in both])
     layers = [(layer.keys, layer.values) for layer in own.layers]
-    return enriched(layers, spec, Addition(pairs, slots, added, geometry.rope))
+    return enriched(layers, spec, Addition(pairs, slots, added, geometry.rope, geometry.last))
 
 
 def by_layer(slots: nn.ModuleList, sharer: KVCache, own: KVCache) -> list[tuple[Tensor, Tensor]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
 
@@ -14,13 +14,13 @@ import xxhash
 from safetensors.torch import load, save
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import DynamicCache, PreTrainedTokenizerFast
 
 from conftest import ARCHITECTURES, byte_tokenizer, tiny_lm
 from kvtalk import Budget, Link, Plan
 from kvtalk.adapters import fusing, store
 from kvtalk.adapters.fuser import Fuser, FuserGeometry, Shape, narrowed
-from kvtalk.adapters.fusing import Own, Prompt, ReceiverSide, SharerSide
+from kvtalk.adapters.fusing import Own, Prompt, ReceiverSide, SharerSide, prompt_of
 from kvtalk.adapters.store import (
     CARD,
     Party,
@@ -33,7 +33,7 @@ from kvtalk.adapters.store import (
 )
 from kvtalk.adapters.translator import Geometry, Translator
 from kvtalk.alignment.layers import layer_map
-from kvtalk.alignment.tokens import NONE, align, tokenize
+from kvtalk.cache import PADDING, Prefix
 from kvtalk.errors import AdapterError, BudgetError, InputError, PacketError
 from kvtalk.fusion import FusedReceiver, FusedSharer, Fusion
 from kvtalk.link import Receiver
@@ -43,8 +43,13 @@ from kvtalk.placement import PlacedCache
 from kvtalk.prompts import BARE
 
 TEXT = "The ferry was built in 1931 by the Harlow yard; naïve people call it 北京 😀."
-PROMPTS = [Prompt("Q: ", TEXT, " A:"), Prompt("", "Who sells the rye bread?")]
-THEIRS = [Prompt("<user> ", prompt.shared) for prompt in PROMPTS]
+PROMPTS = [
+    Prompt("Q: ", TEXT, " A:"),
+    Prompt("", "Who sells the rye bread?"),
+    Prompt("Say it: ", "naïve 北京 😀 of the old yard", "\nAnswer:"),
+]
+AFTER = {PROMPTS[0].shared: "<end> \nThe other: ", PROMPTS[1].shared: "\nReply:", PROMPTS[2].shared: " the"}
+"""What the sharer reads after each text: of more tokens than the receiver, where that reads nothing, and of fewer."""
 MERGES = [("e", "r"), ("Ġ", "b"), ("t", "h"), ("Ġ", "th"), ("l", "l"), ("a", "r"), ("Ġth", "e")]
 
 
@@ -61,6 +66,40 @@ def other_lm() -> LM:
     tokenizer.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<bos>", pad_token="<pad>")
     return LM(tiny_lm("llama").model, fast, "sharer", BARE)
+
+
+def at_sharer(prompt: Prompt) -> Prompt:
+    """The same text in the sharer's words."""
+    return Prompt("<user> ", prompt.shared, AFTER[prompt.shared])
+
+
+THEIRS = [at_sharer(prompt) for prompt in PROMPTS]
+
+
+def tokens_of(lm: LM, prompt: Prompt) -> list[list[int]]:
+    """Before the text, of it, and after it."""
+    return [lm.encode(part) for part in (prompt.before, prompt.shared, prompt.after)]
+
+
+def all_of(lm: LM, prompt: Prompt) -> list[int]:
+    return [token for part in tokens_of(lm, prompt) for token in part]
+
+
+def partners(theirs: Prompt, ours: Prompt, *, roles: bool = True, last: bool = True) -> Tensor:
+    """Which sharer token, counted from the text's first one on, each token of the receiver's prompt is given; −1: none.
+
+    A token of the receiver's is a byte; in the text it is given the token that holds this byte.
+    """
+    _, text, end = tokens_of(other_lm(), theirs)
+    pieces = other_lm().tokenizer.convert_ids_to_tokens(text)
+    holder = [number for number, piece in enumerate(pieces) for _ in piece]  # a letter of a piece is a byte
+    assert len(holder) == len(ours.shared.encode())
+    given = [-1] * len(ours.before.encode()) + holder + [-1] * len(ours.after.encode())
+    for back in range(1, 1 + min(len(end), len(ours.after.encode())) * roles):
+        given[-back] = len(text) + len(end) - back
+    if not last:
+        given[-1] = -1
+    return torch.tensor(given)
 
 
 def geometry_of(sharer: LM, receiver: LM, **changes: object) -> FuserGeometry:
@@ -95,17 +134,45 @@ class Pair:
         return self.sharer.encode_rows(prompts, self.sharer.read(*prompts), [Plan.parse(plan)] * len(prompts))
 
     def fuse(self, plan: str = "fp32", prompts: Sequence[Prompt] = PROMPTS) -> tuple[list[list[int]], PlacedCache]:
-        theirs = [Prompt("<user> ", prompt.shared) for prompt in prompts]
-        return self.receiver.fuse(prompts, [[self.receiver.unpack(0, blob) for blob in self.packets(plan, theirs)]])
+        return self.receiver.fuse(prompts, [self.received(plan, prompts)])
+
+    def received(self, plan: str = "fp32", prompts: Sequence[Prompt] = PROMPTS) -> list[Prefix]:
+        return [self.receiver.unpack(0, blob) for blob in self.packets(plan, [at_sharer(prompt) for prompt in prompts])]
+
+
+def without_padding(tensor: Tensor, lengths: Tensor) -> Tensor:
+    """Keys or values with zeros beyond each row's length."""
+    beyond = torch.arange(tensor.shape[2]) >= lengths[:, None]
+    return tensor.masked_fill(beyond[:, None, :, None], 0)
 
 
 def tensors(placed: PlacedCache) -> list[Tensor]:
-    """Keys, values, keys, ... of every layer."""
-    return [tensor for layer in placed.layers for tensor in (layer.keys, layer.values)]
+    """Keys, values, keys, ... of every layer: of every token of the prompts, the awaited one at its place.
+
+    Of every token but the last where nothing awaits it.
+    """
+    ends = placed.next_positions
+    rows = range(len(ends))
+    found = []
+    for layer in placed.layers:
+        if layer.awaited is None:
+            found += [without_padding(tensor, ends) for tensor in (layer.keys, layer.values)]
+            continue
+        for tensor, awaited in zip((layer.keys, layer.values), layer.awaited, strict=True):
+            whole = torch.cat([tensor, torch.full_like(tensor[:, :, :1], torch.nan)], dim=2)
+            assert awaited.shape == whole[:, :, 0].shape
+            for row in rows:
+                whole[row, :, ends[row]] = awaited[row]
+            found.append(without_padding(whole, ends + 1))
+    return found
 
 
-def own_tensors(lm: LM) -> list[Tensor]:
-    return [tensor for layer in Own(lm, PROMPTS).cache.layers for tensor in (layer.keys, layer.values)]
+def own_tensors(lm: LM, last: bool = True) -> list[Tensor]:
+    """The same of the receiver's own cache, with or without the last tokens."""
+    own = Own(lm, PROMPTS).cache
+    lengths = torch.tensor([length - (not last) for length in own.length])
+    both = [tensor[:, :, : lengths.max()] for layer in own.layers for tensor in (layer.keys, layer.values)]
+    return [without_padding(tensor, lengths) for tensor in both]
 
 
 @pytest.fixture(scope="module")
@@ -134,19 +201,273 @@ def test_an_untrained_fuser_changes_nothing(name: str, tmp_path: Path) -> None:
         torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_a_trained_one_changes_tokens_of_the_text_and_no_others(joined: Pair, receiver: LM) -> None:
-    _, placed = joined.fuse()
+@pytest.mark.parametrize("last", [True, False], ids=["last", "but the last"])
+@pytest.mark.parametrize("roles", [True, False], ids=["roles", "text alone"])
+def test_a_trained_one_changes_tokens_of_the_text_and_no_others(
+    receiver: LM, roles: bool, last: bool, tmp_path: Path
+) -> None:
+    """But for those after it, which are given the sharer's from the last one on."""
+    fuser = random_fuser(geometry_of(other_lm(), receiver, roles=roles, last=last))
+    pair = Pair(fuser, other_lm(), receiver, tmp_path)
+    counts = [[len(lm.encode(one.after)) for one in side] for lm, side in ((other_lm(), THEIRS), (receiver, PROMPTS))]
+    assert counts[0][0] > counts[1][0] > 0 == counts[1][1] < counts[0][1] < counts[1][2] > counts[0][2] > 0
     assert len(other_lm().encode(TEXT)) < len(receiver.encode(TEXT))
-    texts = [tokenize(lm.tokenizer, [prompt.shared for prompt in PROMPTS]) for lm in (other_lm(), receiver)]
-    for got, own in zip(tensors(placed), own_tensors(receiver), strict=True):
-        for row, (theirs, ours) in enumerate(zip(*texts, strict=True)):
+    for blob, prompt in zip(pair.packets(), THEIRS, strict=True):
+        _, text, after = tokens_of(other_lm(), prompt)
+        read = len(text) + len(after) * roles
+        packet = Packet.parse(blob)
+        assert packet.manifest.end == read
+        for layer in packet.layers():
+            assert torch.equal(layer.positions[0], torch.arange(read))
+    _, placed = pair.fuse()
+    assert [layer.awaited is not None for layer in placed.layers] == [last] * len(placed.layers)
+    given = [partners(*both, roles=roles, last=last) for both in zip(THEIRS, PROMPTS, strict=True)]
+    if not last:
+        given = [one[:-1] for one in given]
+    for got, own in zip(tensors(placed), own_tensors(receiver, last), strict=True):
+        assert got.shape[2] == max(map(len, given))
+        for row, expected in enumerate(given):
             changed = (got[row] != own[row]).any(dim=(0, 2))
-            begin = len(receiver.encode(PROMPTS[row].before))
-            there = torch.zeros_like(changed)
-            aligned = torch.from_numpy(align(theirs, ours)) != NONE
-            there[begin : begin + len(ours.ids)] = aligned[: len(changed) - begin]
-            there[len(receiver.encode("".join(vars(PROMPTS[row]).values()))) - 1 :] = False
-            assert torch.equal(changed, there)
+            assert torch.equal(changed[: len(expected)], expected != -1)
+            assert not changed[len(expected) :].any()
+
+
+@pytest.mark.parametrize("last", [True, False], ids=["last", "but the last"])
+@pytest.mark.parametrize("roles", [True, False], ids=["roles", "text alone"])
+@torch.no_grad()
+def test_every_token_is_given_its_partner(receiver: LM, roles: bool, last: bool, tmp_path: Path) -> None:
+    """What is added is computed again, of the sharer's own cache."""
+    sharer = other_lm()
+    fuser = random_fuser(geometry_of(sharer, receiver, roles=roles, last=last, rope="after"))
+    _, placed = Pair(fuser, sharer, receiver, tmp_path).fuse()
+    layers = fuser.geometry.layers
+    for row, (theirs, ours) in enumerate(zip(THEIRS, PROMPTS, strict=True)):
+        given = partners(theirs, ours, roles=roles, last=last)
+        which = (given != -1).nonzero()[:, 0]
+        begin = len(sharer.encode(theirs.before))
+        lent = sharer.read_whole([all_of(sharer, theirs)])[0].layers
+        own = receiver.read_whole([all_of(receiver, ours)])[0].layers
+
+        def flat(tensor: Tensor, columns: Tensor) -> Tensor:
+            return tensor[0].transpose(0, 1).flatten(1)[columns]
+
+        slots = [(layer, kind) for layer in range(len(layers)) for kind in ("keys", "values")]
+        added = fuser(
+            torch.stack([flat(getattr(lent[layers[at]], kind), given[which] + begin) for at, kind in slots]),
+            torch.stack([flat(getattr(own[at], kind), which) for at, kind in slots]),
+        )
+        for got, (at, kind), one in zip(tensors(placed), slots, added, strict=True):
+            expected = getattr(own[at], kind)[0].clone()
+            expected[:, which] += one.unflatten(1, (len(expected), -1)).transpose(0, 1)
+            read = len(given) - (not last)
+            torch.testing.assert_close(got[row, :, :read], expected[:, :read], atol=1e-4, rtol=1e-4)
+
+
+def test_words_after_the_text_have_no_partners_where_only_it_crosses(receiver: LM) -> None:
+    """Training knows the sharer's whole prompt, so it is not for the packet to say so."""
+    theirs, ours = (fusing.readings(lm.tokenizer, side) for lm, side in ((other_lm(), THEIRS), (receiver, PROMPTS)))
+    counts = [len(one.ids) - one.begin for one in theirs]
+    for roles in (True, False):
+        geometry = geometry_of(other_lm(), receiver, roles=roles)
+        pairs = fusing.paired([one.shared for one in theirs], counts, ours, geometry)
+        for row, both in enumerate(zip(THEIRS, PROMPTS, strict=True)):
+            given = partners(*both, roles=roles)
+            here = pairs.at(pairs.rows == row)
+            assert torch.equal(here.ours, (given != -1).nonzero()[:, 0])
+            assert torch.equal(here.theirs, given[given != -1])
+
+
+class Swapped(DynamicCache):  # type: ignore[misc]
+    """The model's native cache of a prompt but for its last token, whose keys and values are given."""
+
+    def __init__(self, held: Sequence[Tensor], times: int = 1) -> None:
+        """``held``: keys, values, keys, ... of every token of one row."""
+        super().__init__()
+        self.coming: dict[int, tuple[Tensor, Tensor]] = {}
+        rows = [tensor.expand(times, *tensor.shape[1:]) for tensor in held]
+        for layer, (keys, values) in enumerate(zip(rows[::2], rows[1::2], strict=True)):
+            self.update(keys[:, :, :-1].clone(), values[:, :, :-1].clone(), layer)
+        self.coming = dict(enumerate((k[:, :, -1:], v[:, :, -1:]) for k, v in zip(rows[::2], rows[1::2], strict=True)))
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
+    ) -> tuple:
+        if layer_idx in self.coming:
+            keys, values = self.coming.pop(layer_idx)
+            key_states = torch.cat([keys, key_states[:, :, 1:]], dim=2)
+            value_states = torch.cat([values, value_states[:, :, 1:]], dim=2)
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+
+def rows_of(placed: PlacedCache) -> list[list[Tensor]]:
+    """Keys, values, keys, ... of each row, without padding; of the last token where it is awaited."""
+    held, ends = tensors(placed), placed.next_positions + int(placed.layers[0].awaited is not None)
+    return [[one[row : row + 1, :, : ends[row]] for one in held] for row in range(len(ends))]
+
+
+def native_logits(lm: LM, held: Sequence[Tensor], tokens: Sequence[int]) -> Tensor:
+    start = held[0].shape[2] - 1
+    positions = torch.arange(start, start + len(tokens))[None]
+    return lm.model(torch.tensor([tokens]), position_ids=positions, past_key_values=Swapped(held)).logits[0]
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@torch.no_grad()
+def test_the_last_tokens_keys_await_it(name: str, tmp_path: Path) -> None:
+    """Wherever the padding puts it, in rows named again, after a rewind; against the model's own cache, row by row."""
+    receiver = tiny_lm(name)
+    pair = Pair(random_fuser(geometry_of(other_lm(), receiver)), other_lm(), receiver, tmp_path)
+    last, placed = pair.fuse()
+    tails = [last[0] + receiver.encode(" the yard"), last[1], last[2] + receiver.encode("So")]
+    which = [2, 0, 0, 1, 2]
+    again = [last[2], last[0] + receiver.encode("No"), last[0], last[1] + receiver.encode("It is"), tails[2]]
+    held_alone = rows_of(placed)
+    for cached, prompts, origin in ((placed, tails, [0, 1, 2]), (placed.rows(which), again, which)):
+        alone = [held_alone[row] for row in origin]
+        for row, source in enumerate(origin):  # tokens of the prompts: nothing is held of the awaited one yet
+            there = cached.to_cache().layers[0].positions[row]
+            ids = all_of(receiver, PROMPTS[source])
+            assert there[there != PADDING].tolist() == list(range(len(ids) - 1))
+            assert int(cached.next_positions[row]) == len(ids) - 1
+        mark, columns = cached.mark(), cached.columns
+        logits = receiver.logits(prompts, cached)
+        longest = max(map(len, prompts))
+        for row, (tail, held) in enumerate(zip(prompts, alone, strict=True)):
+            expected = native_logits(receiver, held, tail)
+            torch.testing.assert_close(logits[row, longest - len(tail) :], expected, atol=1e-4, rtol=1e-4)
+            column = columns + longest - len(tail)
+            for layer, keys, values in zip(cached.layers, held[::2], held[1::2], strict=True):
+                assert torch.equal(layer.keys[row, :, column], keys[0, :, -1])
+                assert torch.equal(layer.values[row, :, column], values[0, :, -1])
+            for layer in cached.to_cache().layers:
+                there = layer.positions[row]
+                assert there[there != PADDING].tolist() == list(range(held[0].shape[2] + len(tail) - 1))
+        further = receiver.logits([[tail[-1], 7] for tail in prompts], cached)  # no first token: nothing awaits it
+        for row, (tail, held) in enumerate(zip(prompts, alone, strict=True)):
+            expected = native_logits(receiver, held, [*tail, tail[-1], 7])[-2:]
+            torch.testing.assert_close(further[row], expected, atol=1e-4, rtol=1e-4)
+        cached.rewind(mark)
+        assert torch.equal(receiver.logits(prompts, cached), logits)
+        cached.rewind(mark)
+        step = receiver.logits([tail[:1] for tail in prompts], cached)  # the first token alone, each at the same place
+        for row, (tail, held) in enumerate(zip(prompts, alone, strict=True)):
+            torch.testing.assert_close(step[row], native_logits(receiver, held, tail[:1]), atol=1e-4, rtol=1e-4)
+        cached.rewind(mark)
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+@torch.no_grad()
+def test_beams_find_the_awaited_keys(joined: Pair, receiver: LM, beams: int) -> None:
+    last, placed = joined.fuse()
+    alone = rows_of(placed)
+    made = receiver.generate(last, placed, max_new_tokens=8, num_beams=beams, stop=())
+    for prompt, held, got in zip(PROMPTS, alone, made, strict=True):
+        ids = torch.tensor([all_of(receiver, prompt)])
+        native = receiver.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=Swapped(held, beams),
+            max_new_tokens=8,
+            num_beams=beams,
+            do_sample=False,
+            pad_token_id=0,
+        )
+        assert got.ids == tuple(native[0, ids.shape[1] :].tolist())
+
+
+@torch.no_grad()
+def test_what_the_last_token_is_given_matters(joined: Pair, receiver: LM) -> None:
+    own = Own(receiver, PROMPTS)
+    (addition,) = joined.side.additions(own, PROMPTS, joined.received())
+    ends = torch.tensor(own.cache.length) - 1
+    is_last = addition.pairs.ours == ends[addition.pairs.rows]
+    assert addition.pairs.rows[is_last].tolist() == [0, 1, 2]
+    logits = receiver.logits(own.last, own.placed([addition]))[:, -1]
+    for row in range(3):
+        added = addition.added.clone()
+        added[:, is_last & (addition.pairs.rows == row)] *= -1
+        placed = own.placed([replace(addition, added=added)])
+        for got, before in zip(tensors(placed), tensors(own.placed([addition])), strict=True):
+            changed = (got != before).any(dim=(1, 3)).nonzero().tolist()
+            assert changed == [[row, int(ends[row])]]
+        others = receiver.logits(own.last, placed)[:, -1]
+        moved = (others - logits).abs().amax(dim=1)
+        assert moved[row] > 0.1
+        assert (moved != 0).nonzero()[:, 0].tolist() == [row]
+
+
+def test_gradients_reach_what_the_last_token_is_given(joined: Pair, receiver: LM) -> None:
+    with torch.no_grad():
+        own = Own(receiver, PROMPTS)
+        (addition,) = joined.side.additions(own, PROMPTS, joined.received())
+        expected = receiver.states(own.last, own.placed([addition]))
+    added = addition.added.clone().requires_grad_()
+    states = receiver.states(own.last, own.placed([replace(addition, added=added)]))
+    torch.testing.assert_close(states.detach(), expected, atol=1e-4, rtol=1e-4)
+    states.sum().backward()
+    is_last = addition.pairs.ours == torch.tensor(own.cache.length)[addition.pairs.rows] - 1
+    assert added.grad[:, is_last].abs().amax(dim=2).gt(0).all()
+
+
+def read_natively(lm: LM, held: Sequence[Tensor], tokens: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+    """What a model makes of tokens after one row's keys, values, keys, ...: logits, and its cache of them all."""
+    cache = DynamicCache()
+    for layer, (keys, values) in enumerate(zip(held[::2], held[1::2], strict=True)):
+        cache.update(keys.clone(), values.clone(), layer)
+    start = held[0].shape[2]
+    positions = torch.arange(start, start + len(tokens))[None]
+    logits = lm.model(torch.tensor([tokens]), position_ids=positions, past_key_values=cache).logits[0]
+    return logits, [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+
+
+@pytest.mark.parametrize("roles", [True, False], ids=["roles", "text alone"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@torch.no_grad()
+def test_the_last_token_may_stay_the_models_own(name: str, roles: bool, tmp_path: Path) -> None:
+    """It is read on the fused cache as any other, wherever the padding puts it; against the model's own cache."""
+    receiver = tiny_lm(name)
+    fuser = random_fuser(geometry_of(other_lm(), receiver, roles=roles, last=False))
+    pair = Pair(fuser, other_lm(), receiver, tmp_path)
+    own = Own(receiver, PROMPTS)
+    (addition,) = pair.side.additions(own, PROMPTS, pair.received())
+    ends = torch.tensor(own.cache.length) - 1
+    assert not (addition.pairs.ours >= ends[addition.pairs.rows]).any()
+    placed = own.placed([addition])
+    assert [layer.awaited for layer in placed.layers] == [None] * len(placed.layers)
+    assert torch.equal(placed.next_positions, ends)
+    alone = rows_of(placed)
+    assert [held[0].shape[2] for held in alone] == ends.tolist()
+    mark, columns = placed.mark(), placed.columns
+    for prompts in (own.last, [own.last[0] + receiver.encode(" the yard"), own.last[1], own.last[2] + [7]]):
+        logits = receiver.logits(prompts, placed)
+        longest = max(map(len, prompts))
+        for row, (tail, held) in enumerate(zip(prompts, alone, strict=True)):
+            expected, made = read_natively(receiver, held, tail)
+            torch.testing.assert_close(logits[row, longest - len(tail) :], expected, atol=1e-4, rtol=1e-4)
+            layers = [tensor for layer in placed.layers for tensor in (layer.keys, layer.values)]
+            for got, one in zip(layers, made, strict=True):
+                there = got[row, :, columns + longest - len(tail) :]
+                torch.testing.assert_close(there, one[0, :, -len(tail) :], atol=1e-4, rtol=1e-4)
+            here = columns + longest - len(tail)
+            clean = own.cache.layers[-1].keys[row, :, ends[row]]
+            assert (placed.layers[-1].keys[row, :, here] - clean).abs().max() > 1e-3  # of the fused cache, not before
+            for layer in placed.to_cache().layers:
+                there = layer.positions[row]
+                assert there[there != PADDING].tolist() == list(range(int(ends[row]) + len(tail)))
+        placed.rewind(mark)
+
+
+@torch.no_grad()
+def test_nothing_awaits_the_last_token_where_nothing_is_added(receiver: LM) -> None:
+    own = Own(receiver, PROMPTS)
+    placed = own.placed([])
+    assert [layer.awaited for layer in placed.layers] == [None] * len(placed.layers)
+    for got, expected in zip(tensors(placed), own_tensors(receiver, last=False), strict=True):
+        assert torch.equal(got, expected)
+    logits = receiver.logits(own.last, placed)[:, -1]
+    for row, prompt in enumerate(PROMPTS):
+        expected = receiver.model(torch.tensor([all_of(receiver, prompt)])).logits[0, -1]
+        torch.testing.assert_close(logits[row], expected, atol=1e-4, rtol=1e-4)
 
 
 def test_prompts_together_are_fused_as_each_alone(joined: Pair) -> None:
@@ -319,6 +640,8 @@ def shape_of(layers: object = 4, kv_heads: object = 2, head_dim: object = 16) ->
         ({"rope": ["before"]}, "rope"),
         ({"alignment": "mean"}, "alignment 'mean': must be one of first, last, coverage"),
         ({"gated": "yes"}, "gated 'yes': must be true or false"),
+        ({"roles": 1}, "roles 1: must be true or false"),
+        ({"last": None}, "last None: must be true or false"),
         ({"sharer": ...}, "'sharer'"),
         ({"sharer": [4, 2, 16]}, "mapping"),
         ({"sharer": shape_of(head_dim="x")}, "sharer head_dim 'x'"),
@@ -334,6 +657,16 @@ def test_sizes_that_cannot_be_are_refused_with_the_card(changes: dict[str, objec
         read_card(stored, "fuser")
     assert words in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("missing", [(one.name,) for one in fields(FuserGeometry)] + [("roles", "last")], ids="+".join)
+def test_cards_that_do_not_say_everything_are_refused(missing: tuple[str, ...], stored: Path) -> None:
+    """Those of earlier versions say nothing of roles and the last token, and mean what this one does not do."""
+    assert read_card(stored, "fuser")[0].kind == "fuser"
+    on_card(stored, **dict.fromkeys(missing, ...))
+    with pytest.raises(AdapterError, match=r"not an adapter \(adapter.json is missing or damaged: ") as error:
+        read_card(stored, "fuser")
+    assert f"damaged: {sorted(missing)[0]!r})" in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -493,21 +826,49 @@ def test_another_text_at_the_sharer_is_refused(joined: Pair) -> None:
         joined.sharer.read(Prompt("Q: ", " "))
 
 
+@pytest.mark.parametrize("roles", [True, False], ids=["roles", "text alone"])
+def test_packets_of_more_or_fewer_tokens_than_the_text_has_are_refused(
+    joined: Pair, receiver: LM, roles: bool, tmp_path: Path
+) -> None:
+    """Though they carry its digest; real packets where a sharer would make them."""
+    pair = Pair(random_fuser(geometry_of(other_lm(), receiver, roles=roles)), other_lm(), receiver, tmp_path)
+    text = len(other_lm().encode(TEXT))
+
+    def packet(after: int) -> Prefix:  # of a sharer that sends the words after the text, too
+        blob = joined.packets(prompts=[Prompt("<user> ", TEXT, "x" * after)])[0]
+        prefix = pair.receiver.unpack(0, blob)
+        assert prefix.length == text + after
+        return prefix
+
+    most = 256 if roles else 0
+    for after in {0, most}:
+        _, placed = pair.receiver.fuse(PROMPTS[:1], [[packet(after)]])
+        assert all(tensor.isfinite().all() for tensor in tensors(placed))
+    wrong = [packet(most + 1), replace(packet(0), length=text - 1), replace(packet(0), length=0)]
+    wrong += [replace(packet(0), length=1 << 40), replace(packet(0), length=-1)]
+    for prefix in wrong:
+        words = f"the sharer read {prefix.length} tokens, the receiver's text has {text} of them: give both the same"
+        with pytest.raises(InputError, match=words):
+            pair.receiver.fuse(PROMPTS[:1], [[prefix]])
+        with pytest.raises(InputError, match=words):  # nor in a batch
+            others = [pair.receiver.unpack(0, blob) for blob in pair.packets()[1:]]
+            pair.receiver.fuse(PROMPTS, [[prefix, *others]])
+
+
 @pytest.mark.parametrize("policy", ["value_norm", "front", "random"])
 def test_a_token_policy_changes_only_the_tokens_that_it_sends(joined: Pair, receiver: LM, policy: str) -> None:
     prompt, whole = PROMPTS[:1], joined.packets(prompts=THEIRS[:1])[0]
     blob = joined.packets(f"fp32 {policy}@50%", THEIRS[:1])[0]
     assert len(blob) < 0.6 * len(whole)
     _, placed = joined.receiver.fuse(prompt, [[joined.receiver.unpack(0, blob)]])
-    theirs, ours = (tokenize(lm.tokenizer, [TEXT])[0] for lm in (other_lm(), receiver))
-    index, begin = torch.from_numpy(align(theirs, ours)), len(receiver.encode(prompt[0].before))
+    given = partners(THEIRS[0], PROMPTS[0])
     packed = list(Packet.parse(blob).layers())
-    own = [tensor[:1, :, : placed.columns] for tensor in own_tensors(receiver)]
+    own = [tensor[:1, :, : placed.columns + 1] for tensor in own_tensors(receiver)]
     for slot, (got, before) in enumerate(zip(tensors(placed), own, strict=True)):
         sent = packed[joined.side.geometry.layers[slot // 2]].positions[0]
-        changed = (got[0] != before[0]).any(dim=(0, 2))[begin : begin + len(index)]
-        assert torch.equal(changed, torch.isin(index, sent))
-        assert 0 < changed.sum() < len(changed)
+        changed = (got[0] != before[0]).any(dim=(0, 2))
+        assert torch.equal(changed, torch.isin(given, sent))
+        assert 0 < changed.sum() < (given != -1).sum()
 
 
 @pytest.mark.parametrize("plan", ["int8 layers=first:2", "int8 width=8"])
@@ -563,19 +924,22 @@ def test_asking_in_one_process(joined: Pair, receiver: LM, tmp_path: Path, monke
     made = fusion.ask("Who built the ferry?", TEXT, budget="4bits", max_new_tokens=6)
     shared = f"{TEXT}\nQuestion: Who built the ferry?"
     assert made.text == Receiver(receiver).answer_text(TEXT, "Who built the ferry?", max_new_tokens=6).text
-    assert made.cost.context_tokens == len(other_lm().encode(shared))
+    assert made.cost.context_tokens == len(other_lm().encode(shared)) + len(other_lm().encode("\nAnswer:"))
     assert 0 < made.cost.bits_per_value <= 4
     with pytest.raises(InputError, match="empty"):
         fusion.ask(" ")
 
 
-@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize(
+    ("trained", "roles", "last"),
+    [(trained, roles, last) for trained in (False, True) for roles in (True, False) for last in (True, False)],
+)
 def test_turns_are_fused_one_after_the_other(
-    receiver: LM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: bool
+    receiver: LM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trained: bool, roles: bool, last: bool
 ) -> None:
     names = {"sharer": other_lm().tokenizer, receiver.name: receiver.tokenizer}
     monkeypatch.setattr(fusing, "tokenizer_of", names.__getitem__)
-    geometry = geometry_of(other_lm(), receiver)
+    geometry = geometry_of(other_lm(), receiver, roles=roles, last=last)
     fuser = random_fuser(geometry) if trained else Fuser(geometry)
     save_adapter(fuser, *(Party(lm.name, lm.spec.fingerprint) for lm in (other_lm(), receiver)), tmp_path, "fp32")
     fusion = Fusion(receiver, [other_lm()], [tmp_path])
@@ -584,29 +948,59 @@ def test_turns_are_fused_one_after_the_other(
     assert first.text == fusion.ask("Who built the ferry in 1931?", max_new_tokens=6).text
     held = talk.turns.ours.placed.to_cache()
     before = [(layer.keys.clone(), layer.values.clone()) for layer in held.layers]
-    read = talk.turns.theirs[0].tokens
+    asked = prompt_of(BARE, "Who built the ferry in 1931?")
+    sharer = fusion.sharers[0]
+    blob = sharer.encode_rows([asked], sharer.read(asked), [first.plan])[0]
+    whole = tensors(fusion.receiver.fuse([asked], [[fusion.receiver.unpack(0, blob)]])[1])
+    for (keys, values), *fused in zip(before, whole[::2], whole[1::2], strict=True):  # the last token's where awaited
+        assert torch.equal(keys[:, :, : fused[0].shape[2]], fused[0])
+        assert torch.equal(values[:, :, : fused[1].shape[2]], fused[1])
+    prompt = receiver.encode("\nQuestion: Who built the ferry in 1931?\nAnswer:")
+    assert whole[0].shape[2] == len(prompt) - (not last)
+    if not last:  # what the model makes of it and of the answer on what is fused
+        with torch.no_grad():
+            _, made = read_natively(receiver, whole, prompt[-1:] + list(first.generation.ids[:-1]))
+        for (keys, values), *native in zip(before, made[::2], made[1::2], strict=True):
+            torch.testing.assert_close(keys, native[0], atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(values, native[1], atol=1e-4, rtol=1e-4)
+    assert before[0][0].shape[2] == len(prompt) + len(first.generation.ids) - 1
     second = talk.ask("And when?", max_new_tokens=6)
     assert second.cost.bytes < first.cost.bytes
-    assert second.cost.context_tokens == len(other_lm().encode(" And when?"))
-    assert talk.turns.theirs[0].tokens > read
+    after = other_lm().encode("\nAnswer:")
+    assert second.cost.context_tokens == len(other_lm().encode(" And when?")) + len(after) * roles
+    parts = ["\nQuestion:", " Who built the ferry in 1931?", "\nAnswer:"]
+    parts += [f" {first.text}\nQuestion:", " And when?", "\nAnswer:"]
+    theirs = [token for part in parts for token in other_lm().encode(part)]
+    assert talk.turns.theirs[0].tokens == len(theirs)
+    for got, expected in zip(
+        talk.turns.theirs[0].placed.to_cache().layers, other_lm().read_whole([theirs])[0].layers, strict=True
+    ):
+        torch.testing.assert_close(got.keys, expected.keys, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(got.values, expected.values, atol=1e-4, rtol=1e-4)
+        assert torch.equal(got.positions, expected.positions)
     now = talk.turns.ours.placed.to_cache()
-    for (keys, values), layer in zip(before, now.layers, strict=True):
+    end = "" if receiver.tokenizer.decode(first.generation.ids[-1:]).endswith("\n") else "\n"
+    ids = prompt + list(first.generation.ids)
+    whole = [ids + receiver.encode(f"{end}Question: And when?\nAnswer:")]
+    assert now.length == (len(whole[0]) + len(second.generation.ids) - 1,)
+    for (keys, values), earlier, layer in zip(before, held.layers, now.layers, strict=True):
         assert torch.equal(keys, layer.keys[:, :, : keys.shape[2]])
         assert torch.equal(values, layer.values[:, :, : keys.shape[2]])
-        assert torch.equal(layer.positions[0], torch.arange(layer.tokens))
-    ids = receiver.encode("\nQuestion: Who built the ferry in 1931?\nAnswer:") + list(first.generation.ids)
-    end = "" if receiver.tokenizer.decode(first.generation.ids[-1:]).endswith("\n") else "\n"
-    whole = [ids + receiver.encode(f"{end}Question: And when?\nAnswer:")]
+        assert torch.equal(earlier.positions[0], torch.arange(keys.shape[2]))
+        assert torch.equal(layer.positions[0], torch.arange(now.length[0]))
+        assert layer.keys.shape[2] == layer.values.shape[2] == now.length[0]
     alone = receiver.generate(whole, max_new_tokens=6)[0]
     if not trained:
         assert second.generation.ids == alone.ids
         return
     own, fused = receiver.read_whole(whole)[0].layers[0].keys, now.layers[0].keys  # of a first layer, so of the token
     changed = [not torch.allclose(own[:, :, at], fused[:, :, at], atol=1e-4) for at in range(len(whole[0]))]
-    turn = len(receiver.encode(f"{end}Question:"))
-    text = range(len(ids) + turn, len(ids) + turn + len(receiver.encode(" And when?")))
-    assert all(changed[at] for at in text)
-    assert not any(changed[at] for at in range(len(ids), len(changed)) if at not in text)
+    turns = [asked, Prompt(f"{end}Question:", " And when?", "\nAnswer:")]
+    given = [partners(turn, turn, roles=roles, last=last) for turn in turns]
+    nothing = torch.full((len(first.generation.ids),), -1)
+    expected = torch.cat([given[0], nothing, given[1]]) != -1
+    assert len(after) < len("\nAnswer:")  # so its first token stays as it is
+    assert changed == expected.tolist()
     with pytest.raises(InputError, match="empty"):
         talk.ask(" ")
 

@@ -60,7 +60,8 @@ class FusedSharer:
 
         Args:
             cache: of one prompt, as :meth:`read` gives it.
-            budget: bytes that may cross, in shares and bits of the sharer's whole cache of the text; None for no limit.
+            budget: bytes that may cross, in shares and bits of the sharer's whole cache of the text and the words after
+                it; None for no limit.
             plan: codecs and token policy; None for the best.
 
         Raises:
@@ -333,7 +334,7 @@ class Conversation:
             unread = lm.tokenizer.decode(self.turns.ours.unread)
             whole = prompt_after(lm, unread, question)
             ours = replace(whole, before=whole.before.removeprefix(unread))
-            theirs = [prompt_after(one, f"{one.prompt.after_question} {said}", question) for one in lms]
+            theirs = [prompt_after(one, f" {said}", question) for one in lms]
         made = self.fusion.answer(theirs, ours, turns=self.turns, **options)
         self._answer = made.text
         return made

@@ -1,10 +1,11 @@
 """Prefix placement: a cache is put before the receiver's own prompt.
 
 A placed cache is a `transformers` cache, so the model's own forward pass and `generate` run on it. It differs from
-the native one in three ways: every key has an explicit position, layers may hold different tokens (or none), and
-room for the prompt and the answer is allocated once, so that a new token costs no copy of the old ones. Because
-layers differ, one mask for all layers will not do: while :func:`attending` is active, each attention module is given
-the mask of its own layer, built from positions. (Sliding windows and padding are then just cases of that mask.)
+the native one in four ways: every key has an explicit position, layers may hold different tokens (or none), room for
+the prompt and the answer is allocated once, so that a new token costs no copy of the old ones, and the first token to
+come may find its own keys and values there already. Because layers differ, one mask for all layers will not do: while
+:func:`attending` is active, each attention module is given the mask of its own layer, built from positions. (Sliding
+windows and padding are then just cases of that mask.)
 """
 
 from __future__ import annotations
@@ -31,13 +32,21 @@ _GROWTH = 256
 
 
 class PlacedLayer(CacheLayerMixin):  # type: ignore[misc]
-    """Keys and values of one layer in a buffer with room to grow; `transformers` appends through ``update``."""
+    """Keys and values of one layer in a buffer with room to grow; `transformers` appends through ``update``.
+
+    Attributes:
+        awaited: keys and values, ``[batch, heads, head_dim]`` each, that stand in for those which the model makes of
+            the first token to come; None for none.
+        arriving: at which place of the tokens to come each row has that token, ``[batch]``; None if it does not come.
+    """
 
     is_sliding = False
 
-    def __init__(self, keys: Tensor, values: Tensor, used: int) -> None:
+    def __init__(self, keys: Tensor, values: Tensor, used: int, awaited: tuple[Tensor, Tensor] | None = None) -> None:
         super().__init__()
         self._keys, self._values, self.used = keys, values, used
+        self.awaited = awaited
+        self.arriving: Tensor | None = None
         self.keys, self.values = keys[:, :, :used], values[:, :, :used]
         self.dtype, self.device = keys.dtype, keys.device
         self.is_initialized = True
@@ -47,6 +56,9 @@ class PlacedLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append new tokens in place; grows the buffer when it is full."""
+        if self.awaited is not None and self.arriving is not None:
+            both = zip((key_states, value_states), self.awaited, strict=True)
+            key_states, value_states = (_replaced(states, one, self.arriving) for states, one in both)
         if self._keys.requires_grad:  # part of a training step, read once
             self._keys = torch.cat([self.keys, key_states], dim=2)
             self._values = torch.cat([self.values, value_states], dim=2)
@@ -81,7 +93,9 @@ class PlacedLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def rows(self, which: Tensor) -> PlacedLayer:
         """A copy that holds the given rows."""
-        return PlacedLayer(self._keys[which], self._values[which], self.used)
+        awaited = self.awaited and (self.awaited[0].index_select(0, which), self.awaited[1].index_select(0, which))
+        both = self._keys.index_select(0, which), self._values.index_select(0, which)
+        return PlacedLayer(*both, self.used, awaited)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Follow the beams, whose positions are all the same."""
@@ -119,6 +133,7 @@ class PlacedCache(Cache):  # type: ignore[misc]
         self._tracks = [sent(track, next_positions.device) for track in tracks]
         self._masks: dict[tuple[int, int | None], Tensor | None] = {}
         self._queries = next_positions[:, None]
+        self._before = self.columns
 
     @property
     def requires_grad(self) -> bool:
@@ -167,6 +182,9 @@ class PlacedCache(Cache):  # type: ignore[misc]
         self._queries = positions
         self.next_positions = positions[:, -1] + 1
         self._masks = {}
+        arriving = real.int().argmax(dim=1) if self.columns == self._before else None
+        for layer in self.layers:
+            layer.arriving = arriving
         appended = torch.where(real, positions, PADDING)
         self._tracks = [torch.cat([track, appended], dim=1) for track in self._tracks]
 
@@ -389,6 +407,12 @@ def _grown(buffer: Tensor, used: int, columns: int) -> Tensor:
     larger = buffer.new_empty((*buffer.shape[:2], columns, buffer.shape[3]))
     larger[:, :, :used] = buffer[:, :, :used]
     return larger
+
+
+def _replaced(states: Tensor, awaited: Tensor, where: Tensor) -> Tensor:
+    """One token of each row, ``[batch, heads, tokens, head_dim]``, in whose place an awaited one is put."""
+    here = torch.arange(states.shape[2], device=states.device) == where[:, None]
+    return torch.where(here[:, None, :, None], awaited[:, :, None], states)
 
 
 def _shared_tracks(positions: Sequence[Tensor]) -> tuple[list[Tensor], list[int]]:

@@ -117,6 +117,8 @@ def load_c2c(folder: Path, sharer: ModelSpec, receiver: ModelSpec) -> tuple[Fuse
         blocks=sizes.blocks,
         rope="after",
         alignment=alignment,
+        roles=False,
+        last=False,
     )
     try:
         geometry.check()

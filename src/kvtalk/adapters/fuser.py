@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from dataclasses import fields as dataclass_fields
 from typing import Any, Literal
 
 import torch
@@ -95,6 +96,9 @@ class FuserGeometry:
         weighted: False for no weights.
         rope: keys ``before`` their rotary embedding (un-rotated) or ``after`` it, as in the paper.
         alignment: which sharer token a receiver token is given, see :data:`kvtalk.alignment.tokens.STRATEGIES`.
+        roles: whether the words after the shared text, which are each model's own (the end of a chat template, say),
+            are aligned too, from the last one on.
+        last: whether the prompt's last token is enriched, too.
     """
 
     sharer: Shape
@@ -110,6 +114,8 @@ class FuserGeometry:
     weighted: bool = True
     rope: Literal["before", "after"] = "before"
     alignment: str = "coverage"
+    roles: bool = True
+    last: bool = True
 
     @property
     def slots(self) -> int:
@@ -122,11 +128,14 @@ class FuserGeometry:
 
         Raises:
             AdapterError: sizes that cannot be.
-            KeyError: a part is missing.
+            KeyError: a part is missing, as in a card of an earlier version.
             TypeError: a part that is no object or list, or one that is not known.
         """
         fields = dict(content)
         sharer, receiver = (Shape(**fields.pop(name)) for name in ("sharer", "receiver"))
+        missing = sorted({one.name for one in dataclass_fields(cls)} - content.keys())
+        if missing:
+            raise KeyError(missing[0])
         geometry = cls(sharer, receiver, tuple(fields.pop("layers")), **fields)
         geometry.check()
         return geometry
@@ -146,7 +155,7 @@ class FuserGeometry:
             raise AdapterError(f"{len(self.layers)} layers are mapped, the receiver has {self.receiver.layers}")
         for layer in self.layers:
             _check_whole("mapped layer", layer, 0, self.sharer.layers - 1)
-        for name in ("projects", "residual", "gated", "weighted"):
+        for name in ("projects", "residual", "gated", "weighted", "roles", "last"):
             if type(getattr(self, name)) is not bool:
                 raise AdapterError(f"{name} {getattr(self, name)!r:.60}: must be true or false")
         for name, known in (("rope", ("before", "after")), ("alignment", _ALIGNMENTS)):

@@ -1,7 +1,8 @@
 """A fuser at work: the sharer's side says which of its tokens may cross, the receiver's side adds them to its own.
 
-Both models read the same text, each in its own tokens and with its own words around it. Only the text's tokens are
-aligned; what stands around it stays as the receiver alone would have it.
+Both models read the same text, each in its own tokens and with its own words around it. The text's tokens are aligned
+by its characters, the words after it by their place before the answer; what stands before it stays as the receiver
+alone would have it.
 """
 
 from __future__ import annotations
@@ -33,6 +34,10 @@ from kvtalk.spec import LayerSpec, ModelSpec, tokenizer_digest
 
 _SLOTS_ON_CPU = 4
 """Slots to compute at a time: what they make of 512 tokens stays in a core's cache."""
+
+
+_MOST_AFTER = 256
+"""Tokens after the shared text that a packet may count."""
 
 
 @dataclass(frozen=True)
@@ -136,6 +141,53 @@ class Pairs:
         return Pairs(self.rows[where], self.ours[where], self.theirs[where])
 
 
+@dataclass(frozen=True)
+class Reading:
+    """A prompt in a model's tokens.
+
+    Attributes:
+        ids: all of them.
+        begin: index of the shared text's first one.
+        shared: that text.
+    """
+
+    ids: list[int]
+    begin: int
+    shared: Tokenized
+
+    @property
+    def end(self) -> int:
+        """Index of the first token after the shared text."""
+        return self.begin + len(self.shared.ids)
+
+    @property
+    def after(self) -> int:
+        """Tokens after the shared text."""
+        return len(self.ids) - self.end
+
+
+def readings(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], begin: Sequence[int] | None = None
+) -> list[Reading]:
+    """Prompts in a model's tokens.
+
+    Args:
+        tokenizer: the model's.
+        prompts: what it reads.
+        begin: tokens before each; by default its BOS where its tokenizer adds one.
+    """
+    first = list(bos(tokenizer) if begin is None else begin)
+
+    def ids(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False).input_ids) if text else []
+
+    found = []
+    for prompt, shared in zip(prompts, tokenize(tokenizer, [prompt.shared for prompt in prompts]), strict=True):
+        before = first + ids(prompt.before)
+        found.append(Reading([*before, *shared.ids, *ids(prompt.after)], len(before), shared))
+    return found
+
+
 class SharerSide:
     """Reads the prompts; holds the receiver's tokenizer and nothing else of the receiver.
 
@@ -170,7 +222,7 @@ class SharerSide:
     def read(self, prompts: Sequence[Prompt], earlier: Earlier | None = None) -> KVCache:
         """The cache of the aligned tokens in the layers that the fuser reads; other layers are empty.
 
-        Positions count the sharer's tokens of the shared text from 0.
+        Positions count the sharer's tokens from the shared text's first one on.
 
         Args:
             prompts: what to read.
@@ -179,21 +231,21 @@ class SharerSide:
         Raises:
             AlignmentError: no token of the receiver's overlaps any of the sharer's.
         """
-        shared = [prompt.shared for prompt in prompts]
-        theirs, ours = tokenize(self.lm.tokenizer, shared), tokenize(self.tokenizer, shared)
         start = 0 if earlier is None else earlier.tokens
-        begin = [] if start else bos(self.lm.tokenizer)
-        before = [begin + self.lm.encode(prompt.before) for prompt in prompts]
-        cache = read_on(self.lm, [lead + one.ids for lead, one in zip(before, theirs, strict=True)], earlier)
+        theirs = readings(self.lm.tokenizer, prompts, [] if start else None)
+        ours = tokenize(self.tokenizer, [prompt.shared for prompt in prompts])
+        cache = read_on(self.lm, [one.ids for one in theirs], earlier)
         if earlier is not None and earlier.placed is None:
             earlier.placed = placed_whole(self.lm, cache)
         wanted = torch.full((len(prompts), max(cache.length) - start), PADDING)
-        for row, (lead, one, other) in enumerate(zip(before, theirs, ours, strict=True)):
-            chosen = torch.from_numpy(align(one, other, self.geometry.alignment))
+        for row, (one, other) in enumerate(zip(theirs, ours, strict=True)):
+            chosen = torch.from_numpy(align(one.shared, other, self.geometry.alignment))
             chosen = torch.unique(chosen[chosen != NONE])
             if not len(chosen):
                 raise AlignmentError("no token of the receiver overlaps one of the sharer: is the prompt empty?")
-            wanted[row, chosen + len(lead)] = chosen
+            last = torch.arange(one.end, one.end + one.after * self.geometry.roles) - one.begin
+            chosen = torch.cat([chosen, last])
+            wanted[row, chosen + one.begin] = chosen
         layers = bare_layers(cache, self.lm.spec, self.geometry, self.layers, start)
         nothing = torch.zeros(len(prompts), 0, dtype=torch.long)
         empty = LayerCache(layers[self.layers[0]].keys[:, :, :0], layers[self.layers[0]].values[:, :, :0], nothing)
@@ -201,7 +253,7 @@ class SharerSide:
             replace(layers[index], positions=wanted) if index in layers else empty
             for index in range(len(self.lm.spec.layers))
         )
-        return KVCache(held, tuple(len(one.ids) for one in theirs))
+        return KVCache(held, tuple(len(one.shared.ids) + one.after * self.geometry.roles for one in theirs))
 
     def plan(self, plan: Plan | None) -> Plan:
         """What of a plan applies here: codecs and tokens; which layers cross, and how keys lie, the fuser says.
@@ -263,12 +315,15 @@ class ReceiverSide:
                 raise PacketError("text", "a cache to be put before a prompt, not one for this fuser")
             if prefix.text != text_digest(prompt.shared):
                 raise InputError("sharer and receiver read different texts: give both the same text")
-            if prefix.length != len(one.ids):
+            if not 0 <= prefix.length - len(one.ids) <= _MOST_AFTER * self.geometry.roles:
                 raise InputError(
                     f"the sharer read {prefix.length} tokens, the receiver's text has {len(one.ids)} of them: "
                     "give both the same text"
                 )
-        pairs = paired(theirs, own.shared, own.begins, own.lengths, self.geometry.alignment)
+        counts = [prefix.length for prefix in prefixes]
+        pairs = enriched_of(paired(theirs, counts, own.read, self.geometry), own.read, self.geometry)
+        if own.start:
+            pairs = replace(pairs, ours=pairs.ours + own.start)
         received = place(self.spec, None, [[prefix] for prefix in prefixes], room=0, device=self.lm.device).to_cache()
         columns = {layer: _columns(received.layers[layer].positions, pairs) for layer in self.fuser.sharer_layers}
         held = torch.zeros(len(pairs.rows), dtype=torch.bool)
@@ -288,7 +343,7 @@ class ReceiverSide:
         both = zip(self._parts, torch.split(vectors, sizes), torch.split(ours, sizes), strict=True)
         added = torch.cat([part(theirs, own) for part, theirs, own in both])
         added = added.masked_fill(missing[:, :, None], 0)
-        return [Addition(pairs, self.fuser.slots, added, self.geometry.rope)]
+        return [Addition(pairs, self.fuser.slots, added, self.geometry.rope, self.geometry.last)]
 
 
 @dataclass(frozen=True)
@@ -300,22 +355,23 @@ class Addition:
         slots: to which layers' keys or values.
         added: ``[slots, tokens, width]``.
         rope: whether keys among it are to be rotated (``before``) or lie as the model holds them.
+        last: whether it adds to the prompts' last tokens, too.
     """
 
     pairs: Pairs
     slots: Sequence[int]
     added: Tensor
     rope: str
+    last: bool
 
 
 class Own:
-    """The receiver's own cache of prompts, but for the last token of each, which is read after fusing.
+    """The receiver's own cache of prompts, whose last token runs a second time, on what is fused.
 
     Attributes:
-        shared: the shared text in the receiver's tokens, of each prompt.
-        begins: index of its first token in the prompt.
-        lengths: tokens of the prompt that the cache holds.
-        last: the token of each prompt that is not read yet.
+        read: the prompts in its tokens.
+        start: tokens of earlier turns.
+        cache: of them all, the last token's too.
     """
 
     def __init__(self, lm: LM, prompts: Sequence[Prompt], earlier: Earlier | None = None) -> None:
@@ -329,21 +385,17 @@ class Own:
         Raises:
             InputError: one of fewer than two tokens.
         """
-        self.lm = lm
-        self.shared = tokenize(lm.tokenizer, [prompt.shared for prompt in prompts])
-        start = 0 if earlier is None else earlier.tokens
-        begin = earlier.unread if earlier is not None and start else bos(lm.tokenizer)
-        ids = [
-            (begin + lm.encode(prompt.before), one.ids, lm.encode(prompt.after))
-            for prompt, one in zip(prompts, self.shared, strict=True)
-        ]
-        self.begins = [start + len(before) for before, _, _ in ids]
-        whole = [[*before, *shared, *after] for before, shared, after in ids]
-        if min(map(len, whole)) < 2:
+        self.lm, self.start = lm, 0 if earlier is None else earlier.tokens
+        begin = earlier.unread if earlier is not None and self.start else None
+        self.read = readings(lm.tokenizer, prompts, begin)
+        if min(len(one.ids) for one in self.read) < 2:
             raise InputError("the prompt is too short to be fused: it needs two tokens at least")
-        self.last = [row[-1:] for row in whole]
-        self.lengths = [start + len(row) - 1 for row in whole]
-        self.cache = read_on(lm, [row[:-1] for row in whole], earlier)
+        self.cache = read_on(lm, [one.ids for one in self.read], earlier)
+
+    @property
+    def last(self) -> list[list[int]]:
+        """The last token of each prompt, with which the receiver goes on."""
+        return [one.ids[-1:] for one in self.read]
 
     def vectors(self, pairs: Pairs, slots: Sequence[int], rope: str) -> Tensor:
         """Its keys and values of some tokens, ``[slots, tokens, width]``."""
@@ -351,12 +403,7 @@ class Own:
 
     def placed(self, additions: Sequence[Addition]) -> PlacedCache:
         """The cache with what sharers add, ready for the last token."""
-        layers = [(layer.keys, layer.values) for layer in self.cache.layers]
-        for addition in additions:
-            layers = enriched(layers, self.lm.spec, addition)
-        positions = [layer.positions for layer in self.cache.layers]
-        held = [LayerCache(*both, where) for both, where in zip(layers, positions, strict=True)]
-        return placed_whole(self.lm, KVCache(tuple(held), tuple(self.lengths)))
+        return placed_but_last(self.lm, self.cache, additions, any(addition.last for addition in additions))
 
 
 def read_on(lm: LM, rows: Sequence[list[int]], earlier: Earlier | None) -> KVCache:
@@ -374,35 +421,74 @@ def placed_whole(lm: LM, cache: KVCache) -> PlacedCache:
     return PlacedCache(held, [layer.positions for layer in cache.layers], ends, lm.spec)
 
 
+def placed_but_last(lm: LM, cache: KVCache, additions: Sequence[Addition], awaits: bool) -> PlacedCache:
+    """A model's own cache from position 0 on with what sharers add, ready to read the last token of each row once more.
+
+    Gradients flow into the additions.
+
+    Args:
+        lm: the model.
+        cache: its own.
+        additions: what sharers add.
+        awaits: whether the last token's keys and values are those of the cache with what is added, or what the model
+            makes of it now.
+    """
+    layers = [(layer.keys, layer.values) for layer in cache.layers]
+    for addition in additions:
+        layers = enriched(layers, lm.spec, addition)
+    ends = torch.tensor(cache.length) - 1
+    rows, last = torch.arange(len(ends)), sent(ends, lm.device)
+    held = [
+        PlacedLayer(
+            keys[:, :, :-1],
+            values[:, :, :-1],
+            keys.shape[2] - 1,
+            (keys[rows, :, last], values[rows, :, last]) if awaits else None,
+        )
+        for keys, values in layers
+    ]
+    tracks: dict[int, Tensor] = {}
+    for layer in cache.layers:
+        if id(layer.positions) not in tracks:
+            track = layer.positions.clone()
+            track[rows, ends] = PADDING
+            tracks[id(layer.positions)] = track[:, :-1]
+    return PlacedCache(held, [tracks[id(layer.positions)] for layer in cache.layers], last, lm.spec)
+
+
 def slots_at_once(device: str, fuser: Fuser) -> int:
     """How many slots of a fuser are computed together."""
     return len(fuser.slots) if device == "cuda" else _SLOTS_ON_CPU
 
 
 def paired(
-    sharer: Sequence[Tokenized],
-    receiver: Sequence[Tokenized],
-    begins: Sequence[int],
-    lengths: Sequence[int],
-    strategy: str,
+    sharer: Sequence[Tokenized], lengths: Sequence[int], receiver: Sequence[Reading], geometry: FuserGeometry
 ) -> Pairs:
     """Which sharer token stands for which receiver token, in a batch of prompts.
 
     Args:
         sharer: the shared texts in its tokens.
-        receiver: in its tokens.
-        begins: where those begin in each prompt of the receiver.
-        lengths: tokens of each prompt that are fused at most.
-        strategy: see :data:`kvtalk.alignment.tokens.STRATEGIES`.
+        lengths: its tokens of each prompt from the shared text's first one on.
+        receiver: the prompts in its tokens.
+        geometry: how to align, and whether the words after the shared text are.
     """
     rows, ours, theirs = [], [], []
-    for row, (one, other, begin, length) in enumerate(zip(sharer, receiver, begins, lengths, strict=True)):
-        index = torch.from_numpy(align(one, other, strategy))[: length - begin]
+    for row, (one, length, other) in enumerate(zip(sharer, lengths, receiver, strict=True)):
+        index = torch.from_numpy(align(one, other.shared, geometry.alignment))
         there = (index != NONE).nonzero()[:, 0]
-        rows.append(torch.full_like(there, row))
-        ours.append(there + begin)
-        theirs.append(index[there])
+        both = min(length - len(one.ids), other.after) if geometry.roles else 0
+        back = torch.arange(-both, 0)
+        rows.append(torch.full((len(there) + both,), row))
+        ours.append(torch.cat([there + other.begin, back + len(other.ids)]))
+        theirs.append(torch.cat([index[there], back + length]))
     return Pairs(torch.cat(rows), torch.cat(ours), torch.cat(theirs))
+
+
+def enriched_of(pairs: Pairs, receiver: Sequence[Reading], geometry: FuserGeometry) -> Pairs:
+    """Those of aligned tokens that are enriched: all, or all but the last one of each prompt."""
+    if geometry.last:
+        return pairs
+    return pairs.at(pairs.ours < torch.tensor([len(one.ids) - 1 for one in receiver])[pairs.rows])
 
 
 def bare_layers(

@@ -14,7 +14,7 @@ from zlib import crc32
 
 import torch
 
-from kvtalk.adapters.fusing import Prompt
+from kvtalk.adapters.fusing import Prompt, readings
 from kvtalk.alignment.tokens import spread
 from kvtalk.cache import LayerCache, Prefix
 from kvtalk.evaluation.arms import Arm
@@ -143,7 +143,7 @@ class Batch:
         if arm.kind == "wrong":
             blobs, plans = self._fused_read(fusion, wrong=True).send(arm)
             others = [fusion.receiver.unpack(0, blob) for blob in blobs]
-            texts = zip(own.shared, self._fused_read(fusion, wrong=True).shared, strict=True)
+            texts = zip(own.crossing, self._fused_read(fusion, wrong=True).crossing, strict=True)
             places = [torch.from_numpy(spread(*both)) for both in texts]
             received = [_in_place_of(*three) for three in zip(received, others, places, strict=True)]
         last, placed = fusion.receiver.fuse(own.prompts, [received])
@@ -243,9 +243,10 @@ class _FusedRead:
         self.tokens = self.cache.length
 
     @property
-    def shared(self) -> list[list[int]]:
-        """The shared texts in the sharer's tokens."""
-        return [self.sharer.side.lm.encode(prompt.shared) for prompt in self.theirs]
+    def crossing(self) -> list[list[int]]:
+        """The sharer's tokens whose positions the packets count."""
+        read = readings(self.sharer.side.lm.tokenizer, self.theirs)
+        return [one.ids[one.begin :][:length] for one, length in zip(read, self.tokens, strict=True)]
 
     def send(self, arm: Arm) -> tuple[list[memoryview], list[Plan]]:
         """A packet of each, and how it was packed."""
