@@ -41,6 +41,7 @@ from kvtalk.training.exchanges import (
 )
 from kvtalk.training.fuser import FuserRecipe, Fusing, training
 from kvtalk.training.loop import Loop, Schedule
+from kvtalk.training.muon import orthogonal
 from kvtalk.training.texts import Question
 from test_fuser import geometry_of, other_lm, random_fuser
 
@@ -81,8 +82,8 @@ def geometry(models: tuple[LM, LM]) -> FuserGeometry:
     return geometry_of(*models)
 
 
-def batches(models: tuple[LM, LM], mixture: Mixture = RECIPE.mixture, seed: int = 0) -> FusedBatches:
-    return FusedBatches(Exchanges.of(rows()), *models, mixture, 10, seed)
+def batches(models: tuple[LM, LM], mixture: Mixture = RECIPE.mixture, seed: int = 0, **changes: Any) -> FusedBatches:
+    return FusedBatches(Exchanges.of(rows()), *models, mixture, geometry_of(*models, **changes), 10, seed)
 
 
 def content(batch: FusedBatch) -> Any:
@@ -90,11 +91,15 @@ def content(batch: FusedBatch) -> Any:
     return {name: value for name, value in vars(batch).items() if name not in ("pairs", "lent")}, pairs
 
 
-def varied(models: tuple[LM, LM]) -> tuple[list[Exchange], FusedBatch]:
-    """Prompts of many lengths, with and without text around the shared one, and with what is left out."""
-    made = batches(models)
-    every = [made.exchange(row, random.Random(7)) for kind in made.exchanges.rows.values() for row in kind[:3]]
-    every.append(Exchange(Prompt("Notes.", " the"), Prompt("Q:", " the"), " x", ends=False))
+def varied(models: tuple[LM, LM], **changes: Any) -> tuple[list[Exchange], FusedBatch]:
+    """Prompts of many lengths, with and without text around the shared one, with more after it at either model, and
+    with what is left out."""
+    made = batches(models, **changes)
+    some = [row for kind in made.exchanges.rows.values() for row in kind[:3]]
+    every = [made.exchange(row, random.Random(7)) for row in some]
+    every.append(Exchange(Prompt("Notes.", " the"), Prompt("Q:", " the"), (" x",)))
+    every.append(Exchange(Prompt("", "a mill", " So:"), Prompt("Q:", "a mill", " Then, in short:"), (" x",)))
+    every.append(Exchange(Prompt("", "a mill", " Then, in short:"), Prompt("Q:", "a mill", "\n"), (" x",)))
     return every, made.of(every, "instructions")
 
 
@@ -102,8 +107,11 @@ def varied(models: tuple[LM, LM]) -> tuple[list[Exchange], FusedBatch]:
 
 
 def test_rows_of_each_form_are_read(models: tuple[LM, LM], tmp_path: Path) -> None:
-    loaded = Exchanges.of([CHOICE] * 5 + [ASKED] * 6 + [TOLD] * 7)
-    assert {kind: len(listed) for kind, listed in loaded.rows.items()} == {"choices": 5, "oracle": 6, "instructions": 7}
+    text = "The ferry came late that day. " * 200
+    loaded = Exchanges.of([CHOICE] * 5 + [ASKED] * 6 + [TOLD] * 7 + [{"text": text}, {"text": "Too short."}])
+    found = {kind: len(listed) for kind, listed in loaded.rows.items()}
+    assert found == {"choices": 5, "oracle": 6, "instructions": 7, "running": 3}
+    assert sorted("".join(row.text for row in loaded.rows["running"])) == sorted(text.strip())
     assert loaded.rows["choices"][0] == Multiple(CHOICE["question"], ("oxygen", "carbon dioxide"), 1)
     assert loaded.rows["oracle"][0] == Question(ASKED["context"], ASKED["question"], ("Harlow",))
     assert loaded.rows["instructions"][0] == Instruction(*TOLD.values())
@@ -115,21 +123,31 @@ def test_rows_of_each_form_are_read(models: tuple[LM, LM], tmp_path: Path) -> No
 
 
 def test_both_models_read_the_same_and_only_the_sharer_the_context(models: tuple[LM, LM]) -> None:
-    asked = batches(models).exchange(Question(*list(ASKED.values())[:2], ("Harlow",)), random.Random(0))
+    question = Question(ASKED["context"], ASKED["question"], ("Harlow",))
+    asked = batches(models).exchange(question, random.Random(0))
     assert asked.sharer == prompt_of(BARE, ASKED["question"], ASKED["context"])
     assert asked.receiver == prompt_of(BARE, ASKED["question"])
-    assert (asked.answer, asked.ends) == (" Harlow\n", False)
+    assert (asked.answers, asked.ends) == ((" Harlow\n",), False)
     row = Multiple(CHOICE["question"], tuple(CHOICE["choices"]), 1)
-    lettered = batches(models, Mixture(letters=1)).exchange(row, random.Random(0))
-    assert lettered.sharer == lettered.receiver == Prompt("", letter_turn(row))
-    assert (lettered.answer, lettered.ends) == (" B", True)
+    seen = set()
+    for seed in range(9):
+        lettered = batches(models, Mixture(letters=1)).exchange(row, random.Random(seed))
+        turned = Multiple(row.question, row.choices[::-1], 0)
+        assert lettered.sharer == lettered.receiver
+        assert (lettered.receiver, lettered.answers) in (
+            (Prompt("", letter_turn(row)), (" B",)),
+            (Prompt("", letter_turn(turned)), (" A",)),
+        )
+        assert lettered.ends
+        seen |= set(lettered.answers)
+    assert seen == {" A", " B"}
     worded = batches(models, Mixture(letters=0, bare=0)).exchange(row, random.Random(0))
     assert worded.receiver == Prompt("", f"Question: {CHOICE['question']}\nAnswer:")
-    assert (worded.answer, worded.ends) == (" carbon dioxide", False)
+    assert (worded.answers, worded.ends, worded.right) == ((" oxygen", " carbon dioxide"), False, 1)
     told = batches(models).exchange(Instruction("Say it.", "word " * 99), random.Random(0))
     assert (told.receiver, told.ends) == (Prompt("", "Say it."), False)
-    assert told.answer.startswith("\nword word")
-    assert len(told.answer) <= 241
+    assert told.answers[0].startswith("\nword word")
+    assert len(told.answers[0]) <= 241
 
 
 def test_a_chat_template_stands_around_what_is_shared(models: tuple[LM, LM]) -> None:
@@ -139,7 +157,7 @@ def test_a_chat_template_stands_around_what_is_shared(models: tuple[LM, LM]) -> 
     made = batches((models[0], chats)).exchange(Instruction("Say it.", "word"), random.Random(0))
     assert made.sharer == Prompt("", "Say it.")
     assert made.receiver == chat_prompt(tokenizer, "Say it.") == Prompt("<u>", "Say it.", "</u><a>")
-    assert made.answer == "word"
+    assert made.answers == ("word",)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +188,7 @@ def test_malformed_rows_are_refused_by_number_and_field(row: dict[str, Any], wor
 
 
 def test_rows_without_responses_are_refused_with_what_is_expected() -> None:
-    for row, names in (({"text": "Words."}, "text"), ({"prompt": "Say it."}, "prompt"), ({}, "nothing")):
+    for row, names in (({"words": "Words."}, "words"), ({"prompt": "Say it."}, "prompt"), ({}, "nothing")):
         with pytest.raises(TrainingError, match=f"^row 17 has {names}; .*expected prompt, response; or question, cho"):
             Exchanges.of([*rows()[:16], row])
     with pytest.raises(TrainingError, match="15 rows are too few to train on: give at least 16"):
@@ -197,18 +215,23 @@ def test_a_batch_depends_on_seed_step_and_process_alone(models: tuple[LM, LM]) -
 
 
 def test_texts_are_tokenized_as_in_the_whole_prompt(models: tuple[LM, LM]) -> None:
-    every, batch = varied(models)
+    made, (every, batch) = batches(models), varied(models)
     for row, exchange in enumerate(every):
         for lm, prompt in zip(models, (exchange.sharer, exchange.receiver), strict=True):
             parts = [lm.encode(text) for text in (prompt.before, prompt.shared, prompt.after) if text]
             assert list(chain(*parts)) == lm.encode(prompt.before + prompt.shared + prompt.after)
         begin, whole = batch.begins[row], batch.sharer[row]
-        assert whole[begin:] == models[0].encode(exchange.sharer.shared)
-        assert len(whole) == begin + batch.counts[row]
+        assert whole[begin:] == models[0].encode(exchange.sharer.shared + exchange.sharer.after)
         prompt = exchange.receiver
         ids = models[1].encode(prompt.before + prompt.shared + prompt.after)
-        assert batch.receiver[row] == ids[:-1]
-        assert batch.tails[row] + batch.answers[row][-1:] == ids[-1:] + batch.answers[row]
+        assert batch.receiver[row] == ids
+        answers = [answer for answer, prompt in enumerate(batch.prompts) if prompt == row]
+        assert [batch.answers[answer] for answer in answers] == [
+            made.parties[1].ids(text) + made.parties[1].end * exchange.ends for text in exchange.answers
+        ]
+        assert [batch.right[answer] for answer in answers] == [n == exchange.right for n in range(len(answers))]
+        for answer in answers:
+            assert batch.tails[answer] + batch.answers[answer][-1:] == ids[-1:] + batch.answers[answer]
 
 
 def test_aligned_tokens_lie_over_the_same_characters(models: tuple[LM, LM]) -> None:
@@ -216,19 +239,50 @@ def test_aligned_tokens_lie_over_the_same_characters(models: tuple[LM, LM]) -> N
     spans = [
         [one.spans for one in tokenize(lm.tokenizer, [exchange.sharer.shared for exchange in every])] for lm in models
     ]
+    after = set()
     for row, ours, theirs in zip(*(tensor.tolist() for tensor in vars(batch.pairs).values()), strict=True):
         begin = len(models[1].encode(every[row].receiver.before))
         assert ours < len(batch.receiver[row])
-        one, other = spans[0][row][theirs], spans[1][row][ours - begin]
-        assert max(one[0], other[0]) < min(one[1], other[1])
+        if theirs < len(spans[0][row]):
+            one, other = spans[0][row][theirs], spans[1][row][ours - begin]
+            assert max(one[0], other[0]) < min(one[1], other[1])
+            continue
+        after.add(row)
+        assert ours >= begin + len(spans[1][row])
+        assert len(batch.receiver[row]) - ours == len(batch.sharer[row]) - batch.begins[row] - theirs
+    assert after == {row for row, one in enumerate(every) if one.sharer.after and one.receiver.after}
+
+
+@pytest.mark.parametrize("last", [True, False])
+@pytest.mark.parametrize("roles", [True, False])
+def test_what_is_enriched_and_what_crosses(models: tuple[LM, LM], roles: bool, last: bool) -> None:
+    _, both = varied(models)
+    _, batch = varied(models, roles=roles, last=last)
+    assert batch.receiver == both.receiver
+
+    def of(found: FusedBatch) -> set[tuple[int, int, int]]:
+        return set(zip(*(tensor.tolist() for tensor in vars(found.pairs).values()), strict=True))
+
+    ends = [len(row) - 1 for row in both.receiver]
+    every, text = varied(models)[0], [models[0].encode(one.sharer.shared) for one in varied(models)[0]]
+    wanted = {(row, ours, theirs) for row, ours, theirs in of(both) if roles or theirs < len(text[row])}
+    assert of(batch) == {one for one in wanted if last or one[1] < ends[one[0]]}
+    assert len(of(both)) > len(of(batch)) or (roles and last)
+    crossing = set(zip(batch.lent.rows.tolist(), batch.lent.theirs.tolist(), strict=True))
+    after = {
+        (row, len(text[row]) + index)
+        for row, one in enumerate(every)
+        for index in range(len(models[0].encode(one.sharer.after)) if one.sharer.after else 0)
+    }
+    assert crossing == {(row, theirs) for row, _, theirs in wanted} | (after if roles else set())
 
 
 def test_prompts_of_which_nothing_can_be_fused_are_left_out(models: tuple[LM, LM]) -> None:
-    """A receiver without BOS has read nothing before the last token of such a prompt."""
-    made = batches(models)
-    good = [Exchange(Prompt("", text), Prompt("", text), " x", ends=False) for text in ("the mill", "Who?")]
-    single = Exchange(Prompt("", "a"), Prompt("", "a"), " x", ends=False)
-    last = Exchange(Prompt("Q:", "a"), Prompt("Q:", "a"), " x", ends=False)
+    """A receiver whose last token stays as it is has nothing to be enriched in such a prompt."""
+    made = batches(models, last=False)
+    good = [Exchange(Prompt("", text), Prompt("", text), (" x",)) for text in ("the mill", "Who?")]
+    single = Exchange(Prompt("", "a"), Prompt("", "a"), (" x",))
+    last = Exchange(Prompt("Q:", "a"), Prompt("Q:", "a"), (" x",))
     assert content(made.of([single, good[0], last, good[1]], "instructions")) == content(made.of(good, "instructions"))
     with pytest.raises(TrainingError, match="nothing aligns in any prompt of a step"):
         made.of([single, last], "instructions")
@@ -243,14 +297,15 @@ def test_a_wrong_pair_is_of_another_question(models: tuple[LM, LM]) -> None:
         assert all(own != other for own, other in zip(batch.sharer, wrong.sharer, strict=True))
         assert torch.equal(wrong.pairs.rows, batch.pairs.rows)
         assert torch.equal(wrong.pairs.ours, batch.pairs.ours)
-        assert bool((wrong.pairs.theirs < torch.tensor(wrong.counts)[wrong.pairs.rows]).all())
+        counts = [len(ids) - begin for ids, begin in zip(wrong.sharer, wrong.begins, strict=True)]
+        assert bool((wrong.pairs.theirs < torch.tensor(counts)[wrong.pairs.rows]).all())
         if batch.kind == "oracle":  # the same question after another context
             assert torch.equal(wrong.pairs.theirs, batch.pairs.theirs)
             for own, other, begin, there in zip(batch.sharer, wrong.sharer, batch.begins, wrong.begins, strict=True):
                 assert own[begin:] == other[there:]
                 assert own[:begin] != other[:there]
-    same = Exchange(Prompt("", "Who?"), Prompt("", "Who?"), " x", ends=False)
-    other = Exchange(Prompt("", "When was it?"), Prompt("", "When was it?"), " x", ends=False)
+    same = Exchange(Prompt("", "Who?"), Prompt("", "Who?"), (" x",))
+    other = Exchange(Prompt("", "When was it?"), Prompt("", "When was it?"), (" x",))
     batch = made.of([same, same, other], "instructions")
     twice = wrong_of(batch)
     assert twice is not None
@@ -285,9 +340,11 @@ def test_no_context_question_or_prompt_is_in_both_parts() -> None:
 def reference(models: tuple[LM, LM], exchange: Exchange, layer: int, plan: Plan) -> set[int]:
     """Sharer tokens of one prompt that cross, the plain way: the largest values' norms of aligned tokens."""
     theirs, ours = (tokenize(lm.tokenizer, [exchange.sharer.shared])[0] for lm in models)
+    after = models[0].encode(exchange.sharer.after) if exchange.sharer.after else []
     aligned = sorted(set(align(theirs, ours).tolist()) - {NONE})
+    aligned += range(len(theirs.ids), len(theirs.ids) + len(after))
     before = models[0].encode(exchange.sharer.before) if exchange.sharer.before else []
-    cache, _ = models[0].read_whole([before + theirs.ids])
+    cache, _ = models[0].read_whole([before + theirs.ids + after])
     norms = cache.layers[layer].values[0].square().sum(-1).sqrt().mean(0)
     count = -(-len(aligned) // 4) if isinstance(plan.keep, float) else min(int(plan.keep), len(aligned))
     return set(sorted(aligned, key=lambda token: -float(norms[len(before) + token]))[:count])
@@ -320,12 +377,12 @@ def test_a_row_without_aligned_tokens_would_break_the_choice_and_never_comes_to_
     """As on a GPU, where it was an index out of bounds in ``LayerCache.take``."""
     made, plan = batches(models), Plan.parse(PACKED)
     texts = ("the mill by the sea", "\ud7ff", "Who?")
-    exchanges = [Exchange(Prompt("", text), Prompt("", text), " x", ends=False) for text in texts]
-    empty = made._of([*exchanges, Exchange(Prompt("A ", ""), Prompt("A ", ""), " x", ends=False)], "instructions")
+    exchanges = [Exchange(Prompt("", text), Prompt("", text), (" x",)) for text in texts]
+    empty = made._of([*exchanges, Exchange(Prompt("A ", ""), Prompt("A ", ""), (" x",))], "instructions")
     assert 3 not in empty.pairs.rows
     with pytest.raises((IndexError, RuntimeError), match="out of bounds"):
         dropped(models, geometry, empty, plan)
-    left = made.of([*exchanges, Exchange(Prompt("A ", ""), Prompt("A ", ""), " x", ends=False)], "instructions")
+    left = made.of([*exchanges, Exchange(Prompt("A ", ""), Prompt("A ", ""), (" x",))], "instructions")
     assert len(left.sharer) == 3
     assert all(len(lost) == len(left.pairs.rows) for lost in dropped(models, geometry, left, plan).values())
 
@@ -380,8 +437,9 @@ def assert_same(
 ) -> None:
     every, batch = varied(models)
     found = trained_logits(objective, fuser, batch, monkeypatch)
-    for row, (exchange, got) in enumerate(zip(every, found, strict=True)):
-        wanted = pair.logits(exchange, plan, batch.tails[row], len(batch.answers[row]))
+    assert len(batch.answers) > len(every) == len(batch.receiver)
+    for row, (prompt, got) in enumerate(zip(batch.prompts, found, strict=True)):
+        wanted = pair.logits(every[prompt], plan, batch.tails[row], len(batch.answers[row]))
         torch.testing.assert_close(got, wanted, atol=2e-3, rtol=1e-4)
 
 
@@ -411,8 +469,8 @@ def test_the_fuser_matters_in_these_comparisons(
     pair, (every, batch) = saved(fuser, models, tmp_path), varied(models)
     packed = trained_logits(objective, fuser, batch, monkeypatch)
     none = trained_logits(objective, Fuser(geometry), batch, monkeypatch)
-    for row, exchange in enumerate(every):
-        whole = pair.logits(exchange, "fp32", batch.tails[row], len(batch.answers[row]))
+    for row, prompt in enumerate(batch.prompts):
+        whole = pair.logits(every[prompt], "fp32", batch.tails[row], len(batch.answers[row]))
         assert (packed[row] - none[row]).abs().max() > 0.05
         assert (whole - none[row]).abs().max() > 0.05
     assert max(float((one - other).abs().max()) for one, other in zip(packed, none, strict=True)) > 1
@@ -430,6 +488,65 @@ def test_training_drops_exactly_what_the_packet_drops(
         here = batch.pairs.rows == row
         for layer, missing in lost.items():
             assert torch.equal(~missing[here], torch.isin(batch.pairs.theirs[here], packed[layer].positions[0]))
+
+
+# How options are compared
+
+
+def test_the_right_option_is_preferred_by_likelihood_a_character(
+    models: tuple[LM, LM], geometry: FuserGeometry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, rng = batches(models, Mixture(letters=0)), random.Random(0)
+    longer = Multiple("Which is far?", ("a sun that is very far away", "the mill", "me"), 2)
+    batch = made.of([made.exchange(row, rng) for row in (*made.exchanges.rows["choices"][:3], longer)], "choices")
+    fuser, objective = random_fuser(geometry).eval(), untaught(models, geometry, None)
+    losses = objective.losses(fuser, batch, 0)
+    losses["total"].backward()
+    found = {name: parameter.grad.clone() for name, parameter in fuser.named_parameters() if parameter.grad is not None}
+    fuser.zero_grad()
+    states, labels = objective._states(fuser, batch)
+    entropies = -models[1].unembedding(states).log_softmax(-1).gather(1, labels[:, None])[:, 0]
+    sums = torch.stack([one.sum() for one in torch.split(entropies, [len(answer) for answer in batch.answers])])
+    means = torch.stack([one.mean() for one in torch.split(entropies, [len(answer) for answer in batch.answers])])
+    right, words, preferred = torch.tensor(batch.right), [], []
+    for prompt in range(len(batch.receiver)):
+        here = torch.tensor(batch.prompts) == prompt
+        scores = -fuser_training._SHARPNESS * sums[here] / torch.tensor(batch.lengths)[here]
+        preferred.append(-scores.log_softmax(0)[right[here]][0])
+        words.append(means[here & right][0])
+    total = torch.stack(preferred).mean() + fuser_training._WORDS * torch.stack(words).mean()
+    total.backward()
+    torch.testing.assert_close(losses["total"], total, atol=1e-4, rtol=1e-5)
+    assert found.keys() == {name for name, parameter in fuser.named_parameters() if parameter.grad is not None}
+    for name, parameter in fuser.named_parameters():
+        if name in found:
+            torch.testing.assert_close(found[name], parameter.grad, atol=1e-4, rtol=1e-3)
+    chosen = fuser_training._chosen(batch, entropies.detach())
+    best = [
+        bool(right[rows][(sums[rows] / torch.tensor(batch.lengths)[rows]).argmin()])
+        for rows in (torch.tensor(batch.prompts) == prompt for prompt in range(len(batch.receiver)))
+    ]
+    assert chosen["accuracy"] == sum(best) / len(best)
+    assert chosen["preference"] == pytest.approx(float(torch.stack(preferred).mean().detach()), rel=1e-4)
+
+
+def test_running_text_is_cut_in_three(models: tuple[LM, LM]) -> None:
+    text = " ".join(f"word{number}" for number in range(150))
+    rows = [{"text": text}, {"text": "x" * 2600}, {"text": "😀" * 500}]
+    made = FusedBatches(Exchanges.of(rows * 8), *models, Mixture(rows=6), geometry_of(*models), 9)
+    for step in range(9):
+        assert made[step, 0].kind == "running"
+    for row in made.exchanges.rows["running"]:
+        for seed in range(30):
+            one = made.exchange(row, random.Random(seed))
+            assert one.receiver == Prompt("", one.sharer.shared)
+            assert len(one.sharer.before) >= 50
+            assert one.sharer.shared
+            assert one.answers[0].strip()
+            whole = one.sharer.before + one.sharer.shared + one.answers[0]
+            assert whole in row.text
+            if " " in row.text:
+                assert one.sharer.shared[0] == one.answers[0][0] == " "
 
 
 # The loop
@@ -537,6 +654,77 @@ def test_a_run_with_a_plan_in_the_loop_resumes_to_the_same_losses_and_is_what_in
         training(*models, Exchanges.of([*rows(), TOLD]), geometry, recipe, tmp_path / "whole")
     with pytest.raises(TrainingError, match=r"\(geometry differ\)"):
         training(*models, exchanges, replace(geometry, rope="after"), recipe, tmp_path / "whole")
+
+
+@pytest.mark.usefixtures("deterministic")
+def test_a_run_with_patience_ends_early_with_what_it_was_best_with(
+    models: tuple[LM, LM], geometry: FuserGeometry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gains = {0: 0.0, 2: 0.1, 4: 0.5, 6: 0.2, 8: 0.5, 10: 0.9, 12: 0.9}
+    honest = Fusing.measure
+
+    def run(out: Path, until: int) -> tuple[Loop, dict[int, dict[str, Tensor]]]:
+        made = training(*models, Exchanges.of(rows()), geometry, RECIPE, out, patience=2)
+        seen: dict[int, dict[str, Tensor]] = {}
+
+        def measured(self: Fusing, module: Any) -> dict[str, float]:
+            seen[made.step] = {name: value.clone() for name, value in module.state_dict().items()}
+            return {**honest(self, module), "gain": gains[made.step]}
+
+        monkeypatch.setattr(Fusing, "measure", measured)
+        seen_until(made, until, check_every=2)
+        return made, seen
+
+    whole, seen = run(tmp_path / "whole", 12)
+    assert whole.step == 8  # two validations no better than that of step 4
+    assert all(torch.equal(value, seen[4][name]) for name, value in whole.module.state_dict().items())
+    run(tmp_path / "cut", 6)
+    again, _ = run(tmp_path / "cut", 12)
+    assert again.step == 8
+    assert all(torch.equal(value, seen[4][name]) for name, value in again.module.state_dict().items())
+    with pytest.raises(TrainingError, match="other settings .patience differ"):
+        training(*models, Exchanges.of(rows()), geometry, RECIPE, tmp_path / "cut")
+
+
+def test_the_gain_is_above_the_better_control(
+    models: tuple[LM, LM], geometry: FuserGeometry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    objective = Fusing(*models, geometry, RECIPE, batches(models).checks(3))
+    found = objective.measure(random_fuser(geometry))
+    kinds = "preference", "oracle", "instructions"
+    gains = [min(found[f"{kind} wrong"], found[f"{kind} zeroed"]) - found[kind] for kind in kinds]
+    assert found["gain"] == pytest.approx(sum(gains) / 3)
+    parameter = next(models[1].model.parameters())
+    with torch.no_grad():
+        parameter.add_(0)
+    with pytest.raises(TrainingError, match="a model that is not to be trained has changed"):
+        objective.measure(random_fuser(geometry))
+
+
+def test_muon_moves_stacks_by_nearly_orthogonal_steps(
+    models: tuple[LM, LM], geometry: FuserGeometry, tmp_path: Path
+) -> None:
+    for shape in ((3, 20, 64), (3, 64, 20), (2, 32, 32)):
+        values = torch.linalg.svdvals(orthogonal(torch.randn(shape)))
+        assert float(values.max()) < 1.3
+        assert float(values.median()) > 0.6
+    run = training(
+        *models,
+        Exchanges.of([{"prompt": f"Is it {n}?", "response": "yes"} for n in range(20)]),
+        geometry,
+        replace(RECIPE, schedule=replace(SCHEDULE, steps=40, rate=2e-2, optimizer="muon")),
+        tmp_path,
+    )
+    kinds = [type(optimizer.optimizer).__name__ for optimizer in run.optimizers]
+    assert kinds == ["StackedMuon", "AdamW"]
+    stacked, rest = ({id(p) for group in one.param_groups for p in group["params"]} for one in run.optimizers)
+    every = dict(run.module.named_parameters())
+    assert stacked | rest == {id(parameter) for parameter in every.values()}
+    assert {name for name, parameter in every.items() if id(parameter) in rest} == {
+        name for name in every if "norm" in name or "bias" in name or name == "gates"
+    }
+    seen = seen_until(run, 40, check_every=20)
+    assert seen[40]["instructions"] < 0.5 * seen[0]["instructions"]
 
 
 def test_gates_cool_down_geometrically_and_end_as_at_inference(models: tuple[LM, LM], geometry: FuserGeometry) -> None:

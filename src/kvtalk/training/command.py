@@ -110,14 +110,15 @@ def fuser(
             "--data",
             "-d",
             help="What to learn: .jsonl, also .gz, or a hub data set; rows with prompt and response; with question, "
-            "choices and answer (index of the right one); or with context, question and answers, where only the sharer "
-            "reads the context. Repeat for several.",
+            "choices and answer (index of the right one); with context, question and answers, where only the sharer "
+            "reads the context; or with text, of which only the sharer reads the beginning. Repeat for several.",
         ),
     ],
     out_folder: Annotated[Path, typer.Option("--out", "-o", help="Folder for checkpoints, log and the fuser.")],
     steps: Annotated[int, typer.Option(min=10, help="Optimizer steps.")] = 1500,
     rows: Annotated[int, typer.Option(min=4, help="Prompts in a step.")] = 96,
     rate: Annotated[float, typer.Option(help="Learning rate at its peak.")] = 5e-4,
+    optimizer: Annotated[str, typer.Option(help="adamw or muon.")] = "adamw",
     hidden: Annotated[
         int | None, typer.Option(min=16, help="Width of a layer's network; by default what 27 million parameters give.")
     ] = None,
@@ -127,6 +128,8 @@ def fuser(
     residual: Annotated[bool, typer.Option(help="Add to the receiver's own cache, or take its place.")] = True,
     gated: Annotated[bool, typer.Option(help="A switch for each layer's keys and values.")] = True,
     weighted: Annotated[bool, typer.Option(help="A weight for each token and head.")] = True,
+    roles: Annotated[bool, typer.Option(help="Align the words after the shared text (a template's), too.")] = True,
+    last: Annotated[bool, typer.Option(help="Enrich the prompt's last token, too.")] = True,
     codec: Annotated[
         str | None, typer.Option(help="Pack the sharer's cache so in every step, such as int4 or int8:channel.")
     ] = None,
@@ -135,6 +138,14 @@ def fuser(
     packing: Annotated[str, typer.Option(help="Codec of the saved matrices; bf16 for none.")] = "nf4:1x64",
     check_every: Annotated[int, typer.Option(min=1, help="Steps between validations and checkpoints.")] = 250,
     checks: Annotated[int, typer.Option(min=4, help="Kept-back rows of each kind to validate on.")] = 64,
+    patience: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Validations without more gain of the sharer's own after which the run ends and keeps what was best; "
+            "0 to go on to the last step and keep that.",
+        ),
+    ] = 0,
     seed: Annotated[int, typer.Option(help="Of everything drawn.")] = 0,
 ) -> None:
     """Train a fuser: both models read a prompt, and the sharer's cache enriches the receiver's.
@@ -154,7 +165,15 @@ def fuser(
     shapes = Shape.of(reads.spec), Shape.of(answers.spec)
     mapped = layer_map(shapes[0].layers, shapes[1].layers, layers)
     geometry = FuserGeometry(
-        *shapes, mapped, projects=projects, residual=residual, gated=gated, weighted=weighted, alignment=alignment
+        *shapes,
+        mapped,
+        projects=projects,
+        residual=residual,
+        gated=gated,
+        weighted=weighted,
+        alignment=alignment,
+        roles=roles,
+        last=last,
     )
     if hidden is None:
         geometry = narrowed(geometry, _FUSER_PARAMETERS)
@@ -165,13 +184,13 @@ def fuser(
         save_adapter(Fuser(geometry), *parties, Path(scratch), pack)
     plan = None if codec is None and keep == 1 else f"{codec or 'bf16'} {policy}@{100 * keep:g}%"
     recipe = FuserRecipe(
-        schedule=Schedule(steps=steps, rate=rate, optimizer="adamw"),
+        schedule=Schedule(steps=steps, rate=rate, optimizer=optimizer),
         mixture=Mixture(rows=rows),
         plan=plan,
         packing=pack,
         seed=seed,
     )
-    run = training(reads, answers, exchanges, geometry, recipe, out_folder, checks)
+    run = training(reads, answers, exchanges, geometry, recipe, out_folder, checks, patience)
     made = _go(run, steps, check_every)
     if not run.accelerator.is_main_process:
         return

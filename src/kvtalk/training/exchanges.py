@@ -12,21 +12,27 @@ import torch
 import xxhash
 from torch.utils.data import Dataset
 
-from kvtalk.adapters.fusing import Pairs, Prompt, chat_prompt, paired, prompt_of
-from kvtalk.alignment.tokens import Tokenized, spread, tokenize
+from kvtalk.adapters.fuser import FuserGeometry
+from kvtalk.adapters.fusing import Pairs, Prompt, Reading, chat_prompt, enriched_of, paired, prompt_of, readings
+from kvtalk.alignment.tokens import NONE, spread
 from kvtalk.errors import TrainingError
 from kvtalk.evaluation.tasks.base import LETTER_PROMPT
-from kvtalk.loading import bos
 from kvtalk.models import LM
 from kvtalk.prompts import has_chat_template
 from kvtalk.training.texts import Question, question_in, rows_of
 
 _LEAST_ROWS = 16
-_USAGE = "prompt, response; or question, choices, answer (index of the right one); or context, question, answers"
+_USAGE = (
+    "prompt, response; or question, choices, answer (index of the right one); or context, question, answers; or text"
+)
 _RESPONSE = 240
 """Characters of a response that are learned at most."""
-_OPTIONS = 4
-"""Of a multiple-choice question, about."""
+_CONTEXT, _SHARED, _CONTINUED = (300, 1500), (20, 300), (40, 160)
+"""Characters of running text that the sharer alone reads, that both read, and that come next; from, to."""
+_SLACK = 40
+"""Characters that the end of a word may add."""
+_PIECE = 400, sum(most for _, most in (_CONTEXT, _SHARED, _CONTINUED)) + 3 * _SLACK
+"""Characters of a piece of running text; from, to."""
 _LONGEST = 3000
 """Characters of an instruction's prompt at most; what is longer is cut."""
 
@@ -48,7 +54,14 @@ class Instruction:
     response: str
 
 
-Row = Multiple | Question | Instruction
+@dataclass(frozen=True)
+class Running:
+    """A piece of running text."""
+
+    text: str
+
+
+Row = Multiple | Question | Instruction | Running
 
 
 @dataclass(frozen=True)
@@ -58,50 +71,47 @@ class Exchange:
     Attributes:
         sharer: what it reads; it may know more than the receiver.
         receiver: what it reads.
-        answer: what it should write then.
+        answers: what it may write then: the one that it should, or several that are compared.
         ends: whether its end of text follows.
-        question: number of the question, where several answers to one are compared.
-        right: whether the answer is.
+        right: index of the answer that it should write.
     """
 
     sharer: Prompt
     receiver: Prompt
-    answer: str
-    ends: bool
-    question: int = -1
-    right: bool = True
+    answers: tuple[str, ...]
+    ends: bool = False
+    right: int = 0
 
 
 @dataclass(frozen=True)
 class FusedBatch:
-    """What one step reads.
+    """What one step reads; of several answers to one prompt the prompt is read once.
 
     Attributes:
-        sharer: what it reads, up to the end of the shared text.
+        sharer: what it reads, of every prompt.
         begins: index of the shared text's first token in each.
-        counts: tokens of the shared text at the sharer.
-        receiver: what it reads, but for the last token of each prompt.
-        pairs: aligned tokens.
-        lent: all aligned tokens; where the shared text ends the prompt, also the receiver's last one, which is not
-            enriched: what it is aligned with crosses all the same.
-        tails: that last token and the answer, but for its last token.
+        receiver: what it reads.
+        pairs: aligned tokens that are enriched.
+        lent: all that cross; some of these are aligned with nothing (``ours`` is −1) or with a last token that is not
+            enriched.
+        prompts: which prompt each answer belongs to.
+        tails: of each answer, its prompt's last token, which runs once more, and the answer, but for its last token.
         answers: the answers.
         lengths: their characters.
-        questions: number of the question that each row answers.
-        right: whether it does so rightly.
-        kind: of all rows: ``choices``, ``oracle`` (the sharer knows a context) or ``instructions``.
+        right: whether each is the one that should be written.
+        kind: of all prompts: ``choices``, ``oracle`` (the sharer knows a context), ``running`` (the same, to be gone on
+            with) or ``instructions``.
     """
 
     sharer: list[list[int]]
     begins: list[int]
-    counts: list[int]
     receiver: list[list[int]]
     pairs: Pairs
     lent: Pairs
+    prompts: list[int]
     tails: list[list[int]]
     answers: list[list[int]]
     lengths: list[int]
-    questions: list[int]
     right: list[bool]
     kind: str
 
@@ -134,13 +144,17 @@ class Exchanges:
         """
         if len(rows) < _LEAST_ROWS:
             raise TrainingError(f"{len(rows)} rows are too few to train on: give at least {_LEAST_ROWS}")
-        found: dict[str, list[Any]] = {"choices": [], "oracle": [], "instructions": []}
-        kinds = {Multiple: "choices", Question: "oracle", Instruction: "instructions"}
+        kinds = {Multiple: "choices", Question: "oracle", Instruction: "instructions", Running: "running"}
+        found: dict[str, list[Any]] = {kind: [] for kind in kinds.values()}
         for number, row in enumerate(rows, 1):
-            read = _read(row, number)
-            found[kinds[type(read)]].append(read)
+            for read in _read(row, number):
+                found[kinds[type(read)]].append(read)
         for listed in found.values():
             random.Random(0).shuffle(listed)
+        if not any(found.values()):
+            raise TrainingError(
+                f"no text is long enough to be gone on with: give texts of {_PIECE[0]} characters or more"
+            )
         return cls({kind: listed for kind, listed in found.items() if listed})
 
     @property
@@ -173,26 +187,36 @@ class Mixture:
         rows: of a step at most.
         tokens: characters ÷ 4 of its prompts, about, at most.
         shares: of the steps, by kind; kinds without rows are left out.
-        letters: of multiple choice, how many rows ask for a letter; others for the right option's words.
+        letters: of multiple choice, how many rows ask for a letter; of others all options are compared in words.
         bare: of the latter, how many are asked without ``Question:`` and ``Answer:``.
-        alignment: see :data:`kvtalk.alignment.tokens.STRATEGIES`.
     """
 
     rows: int = 96
-    tokens: int = 16_384
-    shares: tuple[tuple[str, float], ...] = (("choices", 0.45), ("oracle", 0.2), ("instructions", 0.35))
-    letters: float = 0.35
+    tokens: int = 32_768
+    shares: tuple[tuple[str, float], ...] = (
+        ("choices", 0.6),
+        ("oracle", 0.1),
+        ("running", 0.1),
+        ("instructions", 0.2),
+    )
+    letters: float = 0.3
     bare: float = 0.25
-    alignment: str = "coverage"
 
 
 class FusedBatches(Dataset[FusedBatch]):
     """The batch of every step and process; it depends on the seed and these two numbers alone."""
 
     def __init__(
-        self, exchanges: Exchanges, sharer: LM, receiver: LM, mixture: Mixture, steps: int, seed: int = 0
+        self,
+        exchanges: Exchanges,
+        sharer: LM,
+        receiver: LM,
+        mixture: Mixture,
+        geometry: FuserGeometry,
+        steps: int,
+        seed: int = 0,
     ) -> None:
-        self.exchanges, self.mixture, self.steps, self.seed = exchanges, mixture, steps, seed
+        self.exchanges, self.mixture, self.geometry, self.steps, self.seed = exchanges, mixture, geometry, steps, seed
         self.parties = _Party(sharer), _Party(receiver)
 
     def __len__(self) -> int:
@@ -206,18 +230,22 @@ class FusedBatches(Dataset[FusedBatch]):
         return self.of(self._within([self.exchange(row, rng) for row in drawn]), kind)
 
     def exchange(self, row: Row, rng: random.Random) -> Exchange:
-        """A row as both models read it."""
+        """A row as both models read it; of multiple choice in words, with all options."""
+        if isinstance(row, Multiple) and rng.random() < self.mixture.letters:
+            shuffled = rng.sample(range(len(row.choices)), len(row.choices))
+            right, choices = shuffled.index(row.answer), tuple(row.choices[index] for index in shuffled)
+            return self._chat(letter_turn(Multiple(row.question, choices, right)), chr(65 + right), " ", ends=True)
+        if isinstance(row, Multiple):
+            return _options_of(row, row.question if rng.random() < self.mixture.bare else _asked(row))
         if isinstance(row, Question):
             theirs, ours = (party.form for party in self.parties)
             answer = f" {rng.choice(row.answers)}{(ours.stop or ('',))[0]}"
             both = prompt_of(theirs, row.question, row.context), prompt_of(ours, row.question)
-            return Exchange(*both, answer, ends=not ours.stop)
-        if isinstance(row, Instruction):
-            return self._chat(row.prompt, _cut(row.response), "\n", ends=len(row.response) <= _RESPONSE)
-        if rng.random() < self.mixture.letters:
-            return self._chat(letter_turn(row), chr(65 + row.answer), " ", ends=True)
-        text = row.question if rng.random() < self.mixture.bare else f"Question: {row.question}\nAnswer:"
-        return Exchange(Prompt("", text), Prompt("", text), f" {row.choices[row.answer]}", ends=False)
+            return Exchange(*both, (answer,), ends=not ours.stop)
+        if isinstance(row, Running):
+            return _continued(row.text, rng)
+        assert isinstance(row, Instruction)
+        return self._chat(row.prompt, _cut(row.response), "\n", ends=len(row.response) <= _RESPONSE)
 
     def of(self, exchanges: Sequence[Exchange], kind: str) -> FusedBatch:
         """Exchanges in both models' tokens; prompts of which nothing aligns are left out.
@@ -232,53 +260,56 @@ class FusedBatches(Dataset[FusedBatch]):
         return made if len(aligned) == len(exchanges) else self._of([exchanges[row] for row in aligned], kind)
 
     def _of(self, exchanges: Sequence[Exchange], kind: str) -> FusedBatch:
-        (theirs, ours), prompts = self.parties, [exchange.receiver for exchange in exchanges]
-        sharer, begins, shared = theirs.read([exchange.sharer for exchange in exchanges])
-        receiver, starts, own = ours.read(prompts)
-        receiver = [row + ours.ids(prompt.after) for row, prompt in zip(receiver, prompts, strict=True)]
-        answers = [ours.ids(one.answer) + ours.end * one.ends for one in exchanges]
-        lengths = torch.tensor([len(row) - 1 for row in receiver])
-        ends = [start + len(one.ids) for start, one in zip(starts, own, strict=True)]
-        lent = paired(shared, own, starts, ends, self.mixture.alignment)
+        theirs, ours = self.parties
+        sharer = readings(theirs.tokenizer, [exchange.sharer for exchange in exchanges])
+        receiver = readings(ours.tokenizer, [exchange.receiver for exchange in exchanges])
+        every = [(row, index) for row, one in enumerate(exchanges) for index in range(len(one.answers))]
+        texts = [exchanges[row].answers[index] for row, index in every]
+        prompts = [row for row, _ in every]
+        answers = [ours.ids(text) + ours.end * exchanges[row].ends for text, row in zip(texts, prompts, strict=True)]
+        shared, counts = [one.shared for one in sharer], [len(one.ids) - one.begin for one in sharer]
+        aligned = paired(shared, counts, receiver, self.geometry)
         return FusedBatch(
-            sharer=sharer,
-            begins=begins,
-            counts=[len(one.ids) for one in shared],
-            receiver=[row[:-1] for row in receiver],
-            pairs=lent.at(lent.ours < lengths[lent.rows]),
-            lent=lent,
-            tails=[row[-1:] + answer[:-1] for row, answer in zip(receiver, answers, strict=True)],
+            sharer=[one.ids for one in sharer],
+            begins=[one.begin for one in sharer],
+            receiver=[one.ids for one in receiver],
+            pairs=enriched_of(aligned, receiver, self.geometry),
+            lent=_with(aligned, *self._further(sharer, receiver)),
+            prompts=prompts,
+            tails=[receiver[row].ids[-1:] + answer[:-1] for row, answer in zip(prompts, answers, strict=True)],
             answers=answers,
-            lengths=[len(one.answer.strip()) for one in exchanges],
-            questions=[number if one.question < 0 else one.question for number, one in enumerate(exchanges)],
-            right=[one.right for one in exchanges],
+            lengths=[len(text.strip()) for text in texts],
+            right=[index == exchanges[row].right for row, index in every],
             kind=kind,
         )
 
+    def _further(self, sharer: Sequence[Reading], receiver: Sequence[Reading]) -> tuple[list[int], list[int]]:
+        """Row and index of sharer tokens that cross though the receiver has none for them: the first ones after the
+        shared text, where its words there are more."""
+        rows, theirs = [], []
+        for row, (one, other) in enumerate(zip(sharer, receiver, strict=True)):
+            more = range(max(0, one.after - other.after)) if self.geometry.roles else ()
+            rows += [row for _ in more]
+            theirs += [len(one.shared.ids) + index for index in more]
+        return rows, theirs
+
     def checks(self, rows: int) -> list[tuple[FusedBatch, FusedBatch | None]]:
-        """Some rows of each kind, always the same, and each batch with wrong sharer caches, if there are others; of
-        multiple choice a row for each option, in words."""
+        """Some rows of each kind, always the same, and each batch with wrong sharer caches, if there are others;
+        multiple choice in words."""
         found = []
         for kind, listed in self.exchanges.rows.items():
             rng = random.Random(0)
-            groups = [self._answers(row, number, rng) for number, row in enumerate(_spaced(listed, rows))]
-            while groups:
-                count = len(self._within([group[0] for group in groups]))
-                made = [exchange for group in groups[:count] for exchange in group]
-                batch = self.of(made, kind)
-                found.append((batch, self._elsewhere(made, batch) if kind == "oracle" else wrong_of(batch)))
-                groups = groups[count:]
+            left = [
+                _options_of(row, _asked(row)) if isinstance(row, Multiple) else self.exchange(row, rng)
+                for row in _spaced(listed, rows)
+            ]
+            while left:
+                some = self._within(left)
+                batch = self.of(some, kind)
+                other = self._elsewhere(some, batch) if kind in ("oracle", "running") else wrong_of(batch)
+                found.append((batch, other))
+                left = left[len(some) :]
         return found
-
-    def _answers(self, row: Row, number: int, rng: random.Random) -> list[Exchange]:
-        """A row with each answer that is compared."""
-        if not isinstance(row, Multiple):
-            return [self.exchange(row, rng)]
-        prompt = Prompt("", f"Question: {row.question}\nAnswer:")
-        return [
-            Exchange(prompt, prompt, f" {choice}", False, number, index == row.answer)
-            for index, choice in enumerate(row.choices)
-        ]
 
     def _elsewhere(self, exchanges: Sequence[Exchange], batch: FusedBatch) -> FusedBatch | None:
         """The same questions with the sharer's words before them, its context among these, from another row."""
@@ -291,20 +322,15 @@ class FusedBatches(Dataset[FusedBatch]):
 
     def _within(self, exchanges: Sequence[Exchange]) -> list[Exchange]:
         """The first ones, as many as a step may read; at least one."""
-        read = [
-            (1 if one.question < 0 else _OPTIONS) * (len(one.sharer.before) + 2 * len(one.sharer.shared))
-            for one in exchanges
-        ]
-        fitting = [
-            one for one, sum_ in zip(exchanges, accumulate(read), strict=True) if sum_ <= 4 * self.mixture.tokens
-        ]
-        return fitting or [exchanges[0]]
+        read = [len(one.sharer.before) + 2 * len(one.sharer.shared) for one in exchanges]
+        sums = zip(exchanges, accumulate(read), strict=True)
+        return [one for one, sum_ in sums if sum_ <= 4 * self.mixture.tokens] or [exchanges[0]]
 
     def _chat(self, turn: str, answer: str, between: str, ends: bool) -> Exchange:
         theirs, ours = (party.chat(turn) for party in self.parties)
         if not self.parties[1].chats:
             answer = between + answer
-        return Exchange(theirs, ours, answer, ends)
+        return Exchange(theirs, ours, (answer,), ends)
 
 
 class _Party:
@@ -312,7 +338,7 @@ class _Party:
 
     def __init__(self, lm: LM) -> None:
         self.tokenizer, self.form = lm.tokenizer, lm.prompt
-        self.bos, self.chats = bos(lm.tokenizer), has_chat_template(lm.tokenizer)
+        self.chats = has_chat_template(lm.tokenizer)
         end = lm.tokenizer.eos_token_id
         self.end = [] if end is None else [int(end)]
 
@@ -321,13 +347,6 @@ class _Party:
 
     def chat(self, turn: str) -> Prompt:
         return chat_prompt(self.tokenizer, turn)
-
-    def read(self, prompts: Sequence[Prompt]) -> tuple[list[list[int]], list[int], list[Tokenized]]:
-        """Tokens up to the end of the shared texts, where those begin, and these alone."""
-        shared = tokenize(self.tokenizer, [prompt.shared for prompt in prompts])
-        before = [self.bos + self.ids(prompt.before) for prompt in prompts]
-        both = [lead + one.ids for lead, one in zip(before, shared, strict=True)]
-        return both, [len(lead) for lead in before], shared
 
 
 def letter_turn(row: Multiple) -> str:
@@ -358,7 +377,6 @@ def wrong_of(batch: FusedBatch) -> FusedBatch | None:
         batch,
         sharer=[batch.sharer[other] for other in others],
         begins=[batch.begins[other] for other in others],
-        counts=[batch.counts[other] for other in others],
         pairs=moved(batch.pairs),
         lent=moved(batch.lent),
     )
@@ -366,7 +384,45 @@ def wrong_of(batch: FusedBatch) -> FusedBatch | None:
 
 def _text(row: Row) -> str:
     """By which rows belong together."""
+    if isinstance(row, Running):
+        return row.text
     return row.context if isinstance(row, Question) else row.prompt if isinstance(row, Instruction) else row.question
+
+
+def _asked(row: Multiple) -> str:
+    """As the protocol ``likelihood`` asks."""
+    return f"Question: {row.question}\nAnswer:"
+
+
+def _options_of(row: Multiple, text: str) -> Exchange:
+    """A question with its options."""
+    return Exchange(Prompt("", text), Prompt("", text), tuple(f" {choice}" for choice in row.choices), right=row.answer)
+
+
+def _continued(text: str, rng: random.Random) -> Exchange:
+    """Running text: a context for the sharer alone, words that both read, and what follows them."""
+    sizes, room = [rng.randint(*size) for size in (_CONTEXT, _SHARED, _CONTINUED)], len(text) - 3 * _SLACK
+    context, shared, continued = (max(1, int(min(1.0, room / sum(sizes)) * size)) for size in sizes)
+    begin = rng.randint(0, max(0, room - sum(sizes)))
+    first = _border(text, begin + context)
+    second = _border(text, first + shared)
+    third = _border(text, second + continued)
+    both = text[first:second]
+    return Exchange(Prompt(text[begin:first], both), Prompt("", both), (text[second:third],))
+
+
+def _border(text: str, at: int) -> int:
+    """The first space from a character on, or, in text without any, that character."""
+    found = text.find(" ", at, at + _SLACK)
+    return min(at, len(text)) if found < 0 else found
+
+
+def _with(pairs: Pairs, rows: Sequence[int], theirs: Sequence[int]) -> Pairs:
+    """Aligned tokens and further ones of the sharer."""
+    ours = torch.full((len(rows),), NONE)
+    more = (torch.tensor(rows, dtype=torch.long), ours, torch.tensor(theirs, dtype=torch.long))
+    both = zip((pairs.rows, pairs.ours, pairs.theirs), more, strict=True)
+    return Pairs(*(torch.cat(two) for two in both))
 
 
 def _spaced(rows: Sequence[Row], count: int) -> list[Row]:
@@ -383,9 +439,10 @@ def _cut(response: str) -> str:
     return words if len(words) > _RESPONSE // 2 else response[:_RESPONSE]
 
 
-def _read(row: dict[str, Any], number: int) -> Row:
+def _read(row: dict[str, Any], number: int) -> list[Row]:
+    """What a row teaches; of a text its pieces, of one that is too short for any nothing."""
     if row.keys() >= {"context", "question", "answers"}:
-        return question_in(row, number)
+        return [question_in(row, number)]
     if row.keys() >= {"question", "choices", "answer"}:
         question, choices, answer = row["question"], row["choices"], row["answer"]
         if not _worded(question):
@@ -394,12 +451,18 @@ def _read(row: dict[str, Any], number: int) -> Row:
             raise TrainingError(f"row {number}: choices must be a list of texts that are not empty")
         if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
             raise TrainingError(f"row {number}: answer must be the index of the right one of the choices, from 0")
-        return Multiple(question, tuple(choices), answer)
+        return [Multiple(question, tuple(choices), answer)]
     if row.keys() >= {"prompt", "response"}:
         texts = [row["prompt"], row["response"]]
         if all(map(_worded, texts)):
-            return Instruction(texts[0].strip()[:_LONGEST], texts[1].strip())
+            return [Instruction(texts[0].strip()[:_LONGEST], texts[1].strip())]
         raise TrainingError(f"row {number}: prompt and response must be texts that are not empty")
+    if "text" in row:
+        if not _worded(row["text"]):
+            raise TrainingError(f"row {number}: text must be a text that is not empty")
+        text, (least, most) = row["text"].strip(), _PIECE
+        pieces = (text[begin : begin + most] for begin in range(0, len(text), most))
+        return [Running(piece) for piece in pieces if len(piece) >= least]
     raise TrainingError(
         f"row {number} has {', '.join(map(str, row)) or 'nothing'}; a fuser learns answers: expected {_USAGE}"
     )

@@ -1,12 +1,15 @@
 """Train a fuser: both models frozen, the receiver answers from its own cache, enriched by the sharer's.
 
-Both read the same prompt; the loss is the cross-entropy of the answer. Some rows give the sharer a context that the
-receiver does not see, which only the sharer's cache can tell it. Gates begin soft and noisy and end as they are at
-inference (arXiv 2510.03215, with logistic noise). The packet's codec and token policy may stand in the loop.
+Both read the same prompt; the loss is the cross-entropy of the answer, and of multiple choice that of the right option
+among all, by likelihood a character, as they are compared in evaluations: what it is worth to know the words alone is
+common to all options. Some rows give the sharer a context that the receiver does not see, which only the sharer's cache
+can tell it. Gates begin soft and noisy and end as they are at inference (arXiv 2510.03215, with logistic noise). The
+packet's codec and token policy may stand in the loop.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -17,12 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from kvtalk.adapters.fuser import Fuser, FuserGeometry
-from kvtalk.adapters.fusing import Addition, bare_layers, enriched, own_vectors, taken
+from kvtalk.adapters.fusing import Addition, bare_layers, own_vectors, placed_but_last, taken
 from kvtalk.cache import PADDING, KVCache, LayerCache
 from kvtalk.codecs import codec
 from kvtalk.device import sent
+from kvtalk.errors import TrainingError
 from kvtalk.models import LM
-from kvtalk.placement import PlacedCache, PlacedLayer
 from kvtalk.planning import Plan
 from kvtalk.selection.tokens import kept_count
 from kvtalk.training.exchanges import Exchanges, FusedBatch, FusedBatches, Mixture
@@ -39,6 +42,14 @@ _SEEN = 16
 
 _COLDEST = 1e-3
 """Of the gates, as in the paper."""
+
+_IN_WORDS = "oracle", "running", "instructions"
+"""Kinds of rows whose answers are not compared with others."""
+
+_SHARPNESS = 8.0
+"""Options are compared by this times their log-likelihood a character."""
+_WORDS = 0.1
+"""Weight of the right option's own words where options are compared."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +93,7 @@ class Fusing:
         checks: Sequence[tuple[FusedBatch, FusedBatch | None]],
     ) -> None:
         self.sharer, self.receiver, self.geometry, self.recipe, self.checks = sharer, receiver, geometry, recipe, checks
+        self._versions = [parameter._version for parameter in self._frozen()]
         self.plan = None if recipe.plan is None else replace(Plan.parse(recipe.plan, recipe.seed), rope=geometry.rope)
         for lm in (sharer, receiver):
             lm.model.requires_grad_(False)
@@ -89,8 +101,21 @@ class Fusing:
         self.slots = tuple(range(geometry.slots))
 
     def losses(self, module: nn.Module, batch: FusedBatch, step: int) -> dict[str, Tensor]:
-        """Cross-entropy of the answers, nats a token, every row alike."""
-        total, _ = self._answered(module, batch)
+        """Cross-entropy of the answers, nats a token, every row alike; where options are compared, that of the right
+        one among them, and a little of its words'."""
+        states, labels = self._states(module, batch)
+        unembedding, compared = self.receiver.unembedding, len(batch.receiver) < len(batch.answers)
+        weights = _told(batch)
+        if compared:
+            with torch.no_grad():
+                nothing = torch.zeros(2, len(labels), device=labels.device)
+                _, _, entropies = token_losses(unembedding, states.detach(), None, labels, nothing)
+            preferred, pulls = _preference(batch, entropies)
+            weights = _WORDS * weights + pulls
+        total, _, _ = token_losses(unembedding, states, None, labels, _both(weights, states))
+        if compared:  # what it weighs the tokens by is of this step; what it is worth is the loss
+            words = total.detach() - (pulls.to(labels.device) * entropies).sum()
+            total = total + (preferred + words - total).detach()
         return {"total": total, batch.kind: total.detach()}
 
     @contextmanager
@@ -109,7 +134,14 @@ class Fusing:
         share of right answers, by likelihood a character, and how surely the right one is chosen, nats.
 
         Wrong is another question's; where only the sharer reads a context, the same question's with another context.
+        ``gain`` is by how much the right cache's losses are below the lower one of wrong and zeroed, nats, mean of the
+        kinds; of multiple choice the preference counts.
+
+        Raises:
+            TrainingError: one of the models has changed.
         """
+        if self._versions != [parameter._version for parameter in self._frozen()]:
+            raise TrainingError("a model that is not to be trained has changed: what is measured would be another one")
         fuser = _fuser(module)
         fuser.eval()
         found: dict[str, list[float]] = {}
@@ -133,7 +165,10 @@ class Fusing:
         finally:
             fuser.train()
         means = {name: sum(values) / len(values) for name, values in found.items()}
-        return {"gates open": float(fuser.is_open.float().mean()), **means}
+        guides = [guide for guide in ("preference", *_IN_WORDS) if f"{guide} wrong" in means]
+        gains = [min(means[f"{guide} wrong"], means[f"{guide} zeroed"]) - means[guide] for guide in guides]
+        gain = {"gain": sum(gains) / len(gains)} if gains else {}
+        return {"gates open": float(fuser.is_open.float().mean()), **gain, **means}
 
     def standardise(self, fuser: Fuser, batches: FusedBatches) -> None:
         """Take the channels' means and deviations from the first batches."""
@@ -147,28 +182,30 @@ class Fusing:
 
     def _answered(self, module: nn.Module | None, batch: FusedBatch, *, zeroed: bool = False) -> tuple[Tensor, Tensor]:
         """Mean cross-entropy of right answers with all rows alike, and that of every answer's token."""
-        spec = self.receiver.spec
+        states, labels = self._states(module, batch, zeroed=zeroed)
+        total, _, entropies = token_losses(self.receiver.unembedding, states, None, labels, _both(_told(batch), states))
+        return total, entropies
+
+    def _states(self, module: nn.Module | None, batch: FusedBatch, *, zeroed: bool = False) -> tuple[Tensor, Tensor]:
+        """The receiver's hidden states before every answer's token, ``[tokens, hidden]``, and these tokens."""
         cache, ours = self._ours(batch)
-        layers = [(layer.keys, layer.values) for layer in cache.layers]
+        additions = []
         if module is not None:
             theirs, missing = self._theirs(batch)
             added = module(torch.zeros_like(theirs) if zeroed else theirs, ours)
             added = added if missing is None else added.masked_fill(missing[:, :, None], 0)
-            layers = enriched(layers, spec, Addition(batch.pairs, self.slots, added, self.geometry.rope))
-        held = [PlacedLayer(keys, values, keys.shape[2]) for keys, values in layers]
-        ends = sent(torch.tensor([len(row) for row in batch.receiver]), self.receiver.device)
-        placed = PlacedCache(held, [layer.positions for layer in cache.layers], ends, spec)
-        hidden = self.receiver.states(batch.tails, placed)
+            additions.append(Addition(batch.pairs, self.slots, added, self.geometry.rope, self.geometry.last))
+        placed = placed_but_last(self.receiver, cache, additions, self.geometry.last)
+        hidden = self.receiver.states(batch.tails, placed.rows(batch.prompts))
         longest = hidden.shape[1]  # padded on the left
         counts = [len(answer) for answer in batch.answers]
         where = [row * longest + place for row, n in enumerate(counts) for place in range(longest - n, longest)]
         states = hidden.flatten(0, 1)[sent(torch.tensor(where), hidden.device)]
-        labels = sent(torch.tensor([token for answer in batch.answers for token in answer]), states.device)
-        told = sum(batch.right)
-        each = torch.tensor([ok / (n * told) for n, ok in zip(counts, batch.right, strict=True) for _ in range(n)])
-        weights = sent(torch.stack([torch.zeros_like(each), each]), states.device)
-        total, _, entropies = token_losses(self.receiver.unembedding, states, None, labels, weights)
-        return total, entropies
+        labels = torch.tensor([token for answer in batch.answers for token in answer])
+        return states, sent(labels, states.device)
+
+    def _frozen(self) -> list[nn.Parameter]:
+        return [parameter for lm in (self.sharer, self.receiver) for parameter in lm.model.parameters()]
 
     def _ours(self, batch: FusedBatch) -> tuple[KVCache, Tensor]:
         cache, _ = self.receiver.read_whole(batch.receiver)
@@ -199,6 +236,7 @@ def training(
     recipe: FuserRecipe,
     out: Path,
     checks: int = 64,
+    patience: int = 0,
 ) -> Loop:
     """A run that trains a fuser, ready to start or to go on.
 
@@ -210,14 +248,15 @@ def training(
         recipe: how.
         out: folder for checkpoints and the log; a run in it is continued.
         checks: kept-back rows of each kind to validate on.
+        patience: see :class:`kvtalk.training.loop.Loop`; what counts is the sharer's own gain, see
+            :meth:`Fusing.measure`.
 
     Raises:
         TrainingError: the folder holds a run of other settings.
     """
     learned, kept_back = exchanges.split(KEPT_BACK)
-    mixture = replace(recipe.mixture, alignment=geometry.alignment)
-    batches = FusedBatches(learned, sharer, receiver, mixture, recipe.schedule.steps, recipe.seed)
-    checked = FusedBatches(kept_back, sharer, receiver, mixture, 0).checks(checks)
+    batches = FusedBatches(learned, sharer, receiver, recipe.mixture, geometry, recipe.schedule.steps, recipe.seed)
+    checked = FusedBatches(kept_back, sharer, receiver, recipe.mixture, geometry, 0).checks(checks)
     torch.manual_seed(recipe.seed)
     fuser = Fuser(geometry).to(receiver.device)
     settings = {
@@ -228,7 +267,7 @@ def training(
         "rows": exchanges.digest,
     }
     objective = Fusing(sharer, receiver, geometry, recipe, checked)
-    loop = Loop(fuser, objective, batches, recipe.schedule, settings, out)
+    loop = Loop(fuser, objective, batches, recipe.schedule, settings, out, patience)
     if loop.step == 0:
         objective.standardise(fuser, batches)
     return loop
@@ -268,17 +307,54 @@ def _kept(layer: LayerCache, batch: FusedBatch, plan: Plan) -> Tensor:
     return there & (positions != PADDING)
 
 
+def _told(batch: FusedBatch) -> Tensor:
+    """Weights of the answers' tokens, by which right answers count alike, ``[tokens]``."""
+    told, counts = sum(batch.right), map(len, batch.answers)
+    return torch.tensor([ok / (n * told) for n, ok in zip(counts, batch.right, strict=True) for _ in range(n)])
+
+
+def _both(weights: Tensor, states: Tensor) -> Tensor:
+    """For :func:`kvtalk.training.losses.token_losses`: no divergence, and these entropies."""
+    return sent(torch.stack([torch.zeros_like(weights), weights]), states.device)
+
+
+@dataclass(frozen=True)
+class _Option:
+    """An answer to a question: its number in the batch, characters, cross-entropy in nats, and whether it is right."""
+
+    row: int
+    characters: int
+    entropy: float
+    right: bool
+
+
+def _options(batch: FusedBatch, entropies: Tensor) -> list[list[_Option]]:
+    """The answers to each question that has several, of which one is right."""
+    counts = [len(answer) for answer in batch.answers]
+    sums = [float(one.sum()) for one in torch.split(entropies.cpu(), counts)]
+    asked: dict[int, list[_Option]] = {}
+    columns = zip(batch.prompts, batch.lengths, sums, batch.right, strict=True)
+    for row, (prompt, length, total, right) in enumerate(columns):
+        asked.setdefault(prompt, []).append(_Option(row, max(length, 1), total, right))
+    return [listed for listed in asked.values() if len(listed) > 1 and any(one.right for one in listed)]
+
+
+def _preference(batch: FusedBatch, entropies: Tensor) -> tuple[float, Tensor]:
+    """Mean cross-entropy of the right option among all, by likelihood a character, nats; and its derivative by every
+    token's cross-entropy, ``[tokens]``."""
+    asked, pulls, total = _options(batch, entropies), [0.0] * len(batch.answers), 0.0
+    for listed in asked:
+        logs = torch.tensor([-_SHARPNESS * one.entropy / one.characters for one in listed]).log_softmax(0)
+        for one, log in zip(listed, logs.tolist(), strict=True):
+            total -= log * one.right / len(asked)
+            pulls[one.row] = _SHARPNESS / one.characters * (one.right - math.exp(log)) / len(asked)
+    spread = [pull for pull, answer in zip(pulls, batch.answers, strict=True) for _ in answer]
+    return total, torch.tensor(spread)
+
+
 def _chosen(batch: FusedBatch, entropies: Tensor) -> dict[str, float]:
     """``accuracy``: share of the questions whose right answer is the most likely one, by likelihood a character.
-    ``preference``: mean cross-entropy of the right one among the options, by their whole likelihoods, nats."""
-    sums = [float(one.sum()) for one in torch.split(entropies, [len(answer) for answer in batch.answers])]
-    options: dict[int, list[tuple[float, float, bool]]] = {}
-    for question, total, length, right in zip(batch.questions, sums, batch.lengths, batch.right, strict=True):
-        options.setdefault(question, []).append((total / max(length, 1), total, right))
-    asked = [listed for listed in options.values() if any(right for _, _, right in listed)]
-    accuracy = sum(min(listed)[2] for listed in asked) / len(asked)
-    losses = []
-    for listed in asked:
-        logs = torch.tensor([-total for _, total, _ in listed]).log_softmax(0)
-        losses.append(-float(next(log for log, (_, _, right) in zip(logs, listed, strict=True) if right)))
-    return {"accuracy": accuracy, "preference": sum(losses) / len(losses)}
+    ``preference``: see :func:`_preference`."""
+    asked = _options(batch, entropies)
+    best = [min(listed, key=lambda one: one.entropy / one.characters) for listed in asked]
+    return {"accuracy": sum(one.right for one in best) / len(best), "preference": _preference(batch, entropies)[0]}

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Protocol
@@ -23,9 +23,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from kvtalk.errors import CodecError, TrainingError
+from kvtalk.training.muon import StackedMuon
 
 CHECKPOINT = "checkpoint.pt"
 LOG = "log.jsonl"
+GAIN = "gain"
+"""What of a validation says how good the module is, where a run keeps the best; the higher the better."""
 FASTER = "faster"
 """Attribute of a parameter: by how much its learning rate is above the others'."""
 
@@ -67,6 +70,29 @@ class Objective(Protocol):
         """Holds while a step's losses and gradients are computed, and while the module is measured after it."""
 
 
+@dataclass
+class _Best:
+    """What a run was best with.
+
+    Attributes:
+        gain: of that validation.
+        since: validations after it.
+        module: what was learned till then.
+    """
+
+    gain: float = -math.inf
+    since: int = 0
+    module: dict[str, Tensor] = field(default_factory=dict)
+
+    def weigh(self, gain: float, module: dict[str, Tensor]) -> None:
+        """Take what is better."""
+        if gain > self.gain:
+            self.gain, self.since = gain, 0
+            self.module = {name: value.detach().clone() for name, value in module.items()}
+        else:
+            self.since += 1
+
+
 class Loop:
     """A training run in a folder.
 
@@ -83,6 +109,7 @@ class Loop:
         schedule: Schedule,
         settings: dict[str, Any],
         out: Path,
+        patience: int = 0,
     ) -> None:
         """Prepare; a run that lies in the folder is continued.
 
@@ -93,6 +120,8 @@ class Loop:
             schedule: how.
             settings: everything that must not change when the run goes on.
             out: folder for checkpoints and the log.
+            patience: validations without a better :data:`GAIN` after which the run ends, with what it was best with;
+                0 for a run to the last step, with what comes then.
 
         Raises:
             TrainingError: the folder holds a run of other settings, or an unknown optimizer.
@@ -105,8 +134,9 @@ class Loop:
         self.wrapped, *self.optimizers = self.accelerator.prepare(module, *optimizers)
         self.module: nn.Module = self.accelerator.unwrap_model(self.wrapped)
         self._frozen = {name for name, value in self.module.named_parameters() if not value.requires_grad}
-        self.settings = json.loads(json.dumps({**settings, "processes": self.accelerator.num_processes}))
-        self.step = 0
+        processes = self.accelerator.num_processes
+        self.settings = json.loads(json.dumps({**settings, "processes": processes, "patience": patience}))
+        self.step, self.patience, self._best = 0, patience, _Best()
         self._resume()
 
     def run(
@@ -140,10 +170,16 @@ class Loop:
                     with self.objective.during(self.module, self.step):
                         measured = self.objective.measure(self.module)
                     self._check(measured)
+                    if self.patience:
+                        self._best.weigh(measured.get(GAIN, -math.inf), self._learned())
                     self._save()
                     self._note(report, self.step, measured)
+                if self.patience and self._best.since >= self.patience:
+                    break
             except CodecError as error:  # what is no number cannot be packed
                 raise self._lost() from error
+        if self._best.module:
+            self.module.load_state_dict(self._best.module, strict=not self._frozen)
         return self.module
 
     def _loader(self) -> DataLoader[Any]:
@@ -197,12 +233,16 @@ class Loop:
         state = {
             "step": self.step,
             "settings": self.settings,
-            "module": {name: value for name, value in self.module.state_dict().items() if name not in self._frozen},
+            "module": self._learned(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "best": vars(self._best),
         }
         partial = self.out / "checkpoint.partial"
         torch.save(state, partial)
         partial.replace(self.out / CHECKPOINT)
+
+    def _learned(self) -> dict[str, Tensor]:
+        return {name: value for name, value in self.module.state_dict().items() if name not in self._frozen}
 
     def _resume(self) -> None:
         file = self.out / CHECKPOINT
@@ -218,7 +258,7 @@ class Loop:
         self.module.load_state_dict(state["module"], strict=not self._frozen)
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        self.step = state["step"]
+        self.step, self._best = state["step"], _Best(**state["best"])
         log = self.out / LOG
         if log.exists() and self.accelerator.is_main_process:  # what came after the checkpoint is done again
             lines = [line for line in log.read_text("utf-8").splitlines() if json.loads(line)["step"] <= self.step]
@@ -281,17 +321,28 @@ def weights_of(folder: Path, settings: dict[str, Any], alike: Sequence[str]) -> 
 def _optimizers(module: nn.Module, schedule: Schedule) -> list[torch.optim.Optimizer]:
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     matrices = [parameter for parameter in trained if parameter.dim() == 2]
-    rest = [parameter for parameter in trained if parameter.dim() != 2]
+    stacks = [parameter for parameter in trained if parameter.dim() == 3 and min(parameter.shape[1:]) > 1]
+    known = {id(parameter) for parameter in (*matrices, *stacks)}
+    rest = [parameter for parameter in trained if id(parameter) not in known]
     options: dict[str, Any] = {"lr": schedule.rate, "weight_decay": schedule.decay}
     if schedule.optimizer == "adamw":
-        faster = [parameter for parameter in trained if hasattr(parameter, FASTER)]
-        usual = [parameter for parameter in trained if not hasattr(parameter, FASTER)]
-        groups = [{"params": usual}, *({"params": [one], "scale": getattr(one, FASTER)} for one in faster)]
-        return [torch.optim.AdamW(groups, betas=(0.9, 0.95), **options)]
+        return [_adamw(trained, options)]
     if schedule.optimizer == "muon":
-        groups = [
-            {"params": [matrix], "scale": 5 * min(1.0, matrix.shape[0] / matrix.shape[1]) ** 0.5} for matrix in matrices
-        ]
-        muon = torch.optim.Muon(groups, adjust_lr_fn="original", **options)
-        return [muon, torch.optim.AdamW(rest, betas=(0.9, 0.95), **options)]
+        made: list[torch.optim.Optimizer] = []
+        if matrices:
+            groups = [
+                {"params": [matrix], "scale": 5 * min(1.0, matrix.shape[0] / matrix.shape[1]) ** 0.5}
+                for matrix in matrices
+            ]
+            made.append(torch.optim.Muon(groups, adjust_lr_fn="original", **options))
+        if stacks:
+            made.append(StackedMuon(stacks, **options))
+        return [*made, _adamw(rest, options)]
     raise TrainingError(f"no optimizer {schedule.optimizer!r}; there are muon, adamw")
+
+
+def _adamw(parameters: Sequence[nn.Parameter], options: dict[str, Any]) -> torch.optim.Optimizer:
+    faster = [parameter for parameter in parameters if hasattr(parameter, FASTER)]
+    usual = [parameter for parameter in parameters if not hasattr(parameter, FASTER)]
+    groups = [{"params": usual}, *({"params": [one], "scale": getattr(one, FASTER)} for one in faster)]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), **options)
