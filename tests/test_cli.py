@@ -162,6 +162,36 @@ def test_a_trained_translator_serves_both_sides(
     assert "latent" in in_process("inspect", file).stdout
 
 
+def test_halves_of_one_space_are_joined_and_serve(
+    translator: Path, tiny_folder: Path, other_folder: Path, context: Path, tmp_path: Path
+) -> None:
+    """A further sharer learns to write for a decoder that is there, and stands beside the first one's receiver."""
+    sizes = ("--steps", 10, "--tokens", 128, "--width", 64, "--latent", 64, "--longest", 400)
+    command = ("train", "translator", "-s", other_folder, "-r", tiny_folder, "-d", translator / "texts.jsonl", *sizes)
+    made = in_process(*command, "-o", tmp_path / "further", "--decoder", translator)
+    assert made.returncode == 0, made.stderr
+    decoders = [(folder / "decoder.safetensors").read_bytes() for folder in (translator, tmp_path / "further")]
+    assert decoders[0] == decoders[1]
+    halves = ("--encoder", tmp_path / "further", "--decoder", translator)
+    joined = in_process("join", *halves, "--out", tmp_path / "joined")
+    assert joined.returncode == 0, joined.stderr
+    asks = f"--sharer {other_folder} --receiver {tiny_folder} --adapter {tmp_path / 'joined'}"
+    assert f"next: kvtalk ask --context notes.txt --question '...' {asks}" in joined.stdout
+    options = ("-c", context, "-q", "Who?", "-s", other_folder, "-r", tiny_folder, "--max-new-tokens", 3, "--json")
+    answers = [
+        json.loads(in_process("ask", *options, "--no-compare", "-a", tmp_path / name).stdout)["cache"]["answer"]
+        for name in ("joined", "further")
+    ]
+    assert answers[0] == answers[1]
+    refused(in_process("join", *halves, "--out", tmp_path / "joined"), "holds an adapter already")
+    refused(in_process("join", "--encoder", "nothing", "--decoder", translator, "-o", tmp_path / "x"), "no adapter")
+    refused(in_process(*command, "-o", tmp_path / "x", *halves), "nothing is left to train", "kvtalk join")
+    refused(in_process(*command, "-o", tmp_path / "x", "--encoder", translator), "this adapter's sharer is", "weights")
+    refused(in_process(*command, "-o", tmp_path / "further", "--rate", 1e-3), "other settings", "recipe", "frozen")
+    own = in_process(*command, "-o", translator, "--decoder", translator)
+    refused(own, "lies in the run's own folder")
+
+
 def test_a_trained_fuser_answers_without_a_context(
     fusers: tuple[Path, Path], tiny_folder: Path, other_folder: Path, context: Path
 ) -> None:

@@ -170,12 +170,13 @@ def receiver_half(name: str | Path, receiver: LM) -> ReceiverHalf:
 
 
 def tokenizer_of(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer alone of a model that a card names.
+    """The tokenizer alone of a model that a card names; a LoRA after its name has none of its own.
 
     Raises:
         ModelError: it cannot be loaded.
     """
-    return (bundled.load_tokenizer if name in bundled.MODELS else load_tokenizer)(name)
+    base = name.partition("+")[0]
+    return (bundled.load_tokenizer if base in bundled.MODELS else load_tokenizer)(base)
 
 
 def beside(part: Part, lm: LM) -> Part:

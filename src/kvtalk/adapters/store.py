@@ -1,7 +1,8 @@
 """Adapters on disk: a card (``adapter.json``) and the weights of each part (safetensors), in a folder or on the hub.
 
 A translator has two parts, one for each side, and one is loaded without the other; a fuser has one. Matrices may be
-stored in 4 bits, by kvtalk's own codecs.
+stored in 4 bits, by kvtalk's own codecs. Translators whose halves were trained to one latent space name it on their
+cards, and any encoder of a space can be joined with any of its decoders.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, astuple, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from kvtalk.adapters.fuser import Fuser, FuserGeometry, Shape
-from kvtalk.adapters.translator import Decoder, Encoder, Geometry, Translator
+from kvtalk.adapters.translator import Decoder, Encoder, Geometry, Translator, joined
 from kvtalk.codecs import codec
 from kvtalk.codecs.registry import CODECS
 from kvtalk.errors import AdapterError, CodecError
@@ -51,7 +52,11 @@ KINDS: dict[str, Callable[[dict[str, Any]], Geometry | FuserGeometry]] = {
 }
 """How the sizes of each kind of adapter are read from a card."""
 
-_OPTIONS = {"translator": "--adapter", "fuser": "--fuser"}
+PARTS = {"translator": ("encoder", "decoder"), "fuser": ("fuser",)}
+"""Of each kind; a part's weights lie in the file of its name."""
+
+OPTIONS = {"translator": "--adapter", "fuser": "--fuser"}
+"""By which each kind is given on the command line."""
 
 Part = TypeVar("Part", bound=nn.Module)
 Sizes = TypeVar("Sizes")
@@ -87,6 +92,7 @@ class Card:
         receiver: the model that answers.
         geometry: sizes.
         weights: xxh3 of each part's file.
+        space: id of a translator's latent space, None for a fuser: encoders and decoders of one space fit together.
         facts: how and on what it was trained, for people.
     """
 
@@ -95,12 +101,13 @@ class Card:
     receiver: Party
     geometry: Geometry | FuserGeometry
     weights: dict[str, str]
+    space: str | None
     facts: dict[str, Any] = field(default_factory=dict)
 
     @property
     def identity(self) -> str:
-        """What packets name: a digest of everything but the facts."""
-        content = {key: value for key, value in asdict(self).items() if key != "facts"}
+        """What packets name: a digest of everything but space and facts."""
+        content = {key: value for key, value in asdict(self).items() if key not in ("space", "facts")}
         return str(xxhash.xxh3_64_hexdigest(json.dumps(content, sort_keys=True).encode()))
 
     def check(self, role: str, spec: ModelSpec) -> None:
@@ -145,6 +152,75 @@ class Card:
             raise AdapterError(f"the sharer needs the tokenizer of {self.receiver.name}, this is another one")
 
 
+@dataclass(frozen=True)
+class Half:
+    """A translator's encoder or decoder where it is stored, to be built on as it is.
+
+    Attributes:
+        part: ``encoder`` or ``decoder``.
+        card: of its adapter.
+        folder: of its adapter.
+    """
+
+    part: str
+    card: Card
+    folder: Path
+
+    @classmethod
+    def of(cls, name: str | Path, part: str) -> Half:
+        """One of a stored translator's.
+
+        Raises:
+            AdapterError: not found, or no translator.
+        """
+        return cls(part, *read_card(name, "translator"))
+
+    @property
+    def facts(self) -> Any:
+        """What its adapter's card says of this half, or of the whole adapter if it was trained as one."""
+        return self.card.facts.get(self.part, self.card.facts)
+
+    def load(self) -> Encoder | Decoder:
+        """It, with its weights.
+
+        Raises:
+            AdapterError: missing or damaged.
+        """
+        return (load_encoder if self.part == "encoder" else load_decoder)(self.card, self.folder)
+
+    def blob(self) -> bytes:
+        """Its file.
+
+        Raises:
+            AdapterError: missing or damaged.
+        """
+        return checked(self.card, self.folder, self.part).read_bytes()
+
+    def fitted(self, geometry: Geometry, sharer: ModelSpec, receiver: ModelSpec) -> Geometry:
+        """Sizes of a translator between two models that is to have this half: its own sizes on its side.
+
+        Raises:
+            AdapterError: this half is of another model, its latents stand for tokens of another tokenizer, or they are
+                of another size.
+        """
+        assert isinstance(self.card.geometry, Geometry)
+        if self.part == "encoder":
+            self.card.check("sharer", sharer)
+            _same_tokens(self.card.receiver.name, self.card.receiver.fingerprint, receiver.fingerprint)
+            return joined(self.card.geometry, geometry)
+        self.card.check("receiver", receiver)
+        return joined(geometry, self.card.geometry)
+
+
+def _same_tokens(name: str, theirs: Fingerprint, ours: Fingerprint) -> None:
+    """Refuse an encoder that writes latents of other tokens than the receiver's."""
+    if theirs.tokenizer != ours.tokenizer:
+        raise AdapterError(
+            f"this encoder writes one latent for each token of {name}, and the receiver has another tokenizer: "
+            "train an encoder of its own"
+        )
+
+
 def save_adapter(
     adapter: Translator | Fuser,
     sharer: Party,
@@ -152,6 +228,7 @@ def save_adapter(
     folder: Path,
     packing: str | None = None,
     facts: dict[str, Any] | None = None,
+    frozen: Half | None = None,
 ) -> Card:
     """Write an adapter.
 
@@ -162,21 +239,68 @@ def save_adapter(
         folder: created if need be.
         packing: codec of the matrices, such as ``nf4:1x64``; None for bf16.
         facts: for people.
+        frozen: the half that a translator was trained to; its file is taken as it is, and its latent space.
+
+    Raises:
+        AdapterError: the frozen half's file is missing or damaged.
+        CodecError: matrices that cannot be packed so.
     """
-    parts: list[tuple[str, nn.Module]]
-    if isinstance(adapter, Fuser):
-        kind, parts = "fuser", [("fuser", adapter)]
-    else:
-        kind, parts = "translator", [("encoder", adapter.encoder), ("decoder", adapter.decoder)]
-    blobs = {name: save(_packed(part, packing)) for name, part in parts}
+    kind = "fuser" if isinstance(adapter, Fuser) else "translator"
+    blobs = {}
+    for name in PARTS[kind]:
+        part = adapter if isinstance(adapter, Fuser) else getattr(adapter, name)
+        blobs[name] = frozen.blob() if frozen and frozen.part == name else save(_packed(part, packing))
+    facts, space = dict(facts or {}), None
+    if frozen is not None:
+        facts[frozen.part], space = frozen.facts, frozen.card.space
+    return _write(folder, blobs, Card(kind, sharer, receiver, adapter.geometry, {}, space, facts))
+
+
+def join(encoder: str | Path, decoder: str | Path, folder: Path) -> Card:
+    """Write the adapter of a pair that was never trained together, from two halves of one latent space.
+
+    Args:
+        encoder: adapter whose encoder to take, and so its sharer.
+        decoder: adapter whose decoder to take, and so its receiver.
+        folder: created if need be.
+
+    Raises:
+        AdapterError: they do not fit, either is missing or damaged, or the folder holds an adapter already.
+    """
+    ours, theirs = Half.of(encoder, "encoder"), Half.of(decoder, "decoder")
+    sharer, receiver = ours.card.sharer, theirs.card.receiver
+    _same_tokens(ours.card.receiver.name, ours.card.receiver.fingerprint, receiver.fingerprint)
+    assert isinstance(ours.card.geometry, Geometry)
+    assert isinstance(theirs.card.geometry, Geometry)
+    geometry = joined(ours.card.geometry, theirs.card.geometry)
+    if ours.card.space != theirs.card.space:
+        raise AdapterError(
+            f"{encoder} and {decoder} were not trained to one latent space: train either again with "
+            "kvtalk train translator and the other's --encoder or --decoder"
+        )
+    if (folder / CARD).exists():
+        raise AdapterError(f"{folder} holds an adapter already: give another folder")
+    facts = {half.part: half.facts for half in (ours, theirs)}
+    blobs = {half.part: half.blob() for half in (ours, theirs)}
+    return _write(folder, blobs, Card("translator", sharer, receiver, geometry, {}, ours.card.space, facts))
+
+
+def _write(folder: Path, blobs: Mapping[str, bytes], card: Card) -> Card:
+    """An adapter's files; the card still lacks its weights' digests, and its space if that is a new one."""
+    weights = {name: str(xxhash.xxh3_64_hexdigest(blob)) for name, blob in blobs.items()}
+    card = replace(card, weights=weights, space=card.space or _new_space(card.kind, weights))
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {}
     for name, blob in blobs.items():
         (folder / f"{name}.safetensors").write_bytes(blob)
-        weights[name] = str(xxhash.xxh3_64_hexdigest(blob))
-    card = Card(kind, sharer, receiver, adapter.geometry, weights, facts or {})
     (folder / CARD).write_text(json.dumps(asdict(card), indent=1, ensure_ascii=False), "utf-8")
     return card
+
+
+def _new_space(kind: str, weights: Mapping[str, str]) -> str | None:
+    """The space of a translator whose halves were trained together; older cards do not name it."""
+    if kind != "translator":
+        return None
+    return str(xxhash.xxh3_64_hexdigest(json.dumps(weights, sort_keys=True).encode()))
 
 
 def read_card(name: str | Path, kind: str | None = None) -> tuple[Card, Path]:
@@ -194,18 +318,22 @@ def read_card(name: str | Path, kind: str | None = None) -> tuple[Card, Path]:
         content = json.loads((folder / CARD).read_text("utf-8"))
         if not isinstance(content.get("facts", {}), dict):
             raise TypeError("facts that are no object")
+        space = content.get("space") or _new_space(content["kind"], content["weights"])
+        if not isinstance(space, str | None):
+            raise TypeError("a space that is no text")
         card = Card(
             content["kind"],
             _party(content["sharer"]),
             _party(content["receiver"]),
             _geometry(content["kind"], content["geometry"]),
             dict(content["weights"]),
+            space,
             content.get("facts", {}),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise AdapterError(f"{name}: not an adapter ({CARD} is missing or damaged: {error})") from error
     if kind is not None and card.kind != kind:
-        raise AdapterError(f"{name}: a {card.kind}, no {kind}: give it by {_OPTIONS[card.kind]}")
+        raise AdapterError(f"{name}: a {card.kind}, no {kind}: give it by {OPTIONS[card.kind]}")
     return card, folder
 
 
@@ -386,6 +514,23 @@ class _Stored:
         return {**found, name + _CODEC + packing: (_FLOATS, (0,))}
 
 
+def checked(card: Card, folder: Path, name: str) -> Path:
+    """The file of a part, once its checksum is what the card says.
+
+    Raises:
+        AdapterError: missing or damaged.
+    """
+    file = folder / f"{name}.safetensors"
+    try:
+        with file.open("rb") as stream:
+            checksum = hashlib.file_digest(stream, xxhash.xxh3_64).hexdigest()
+    except OSError as error:
+        raise AdapterError(f"{file}: missing") from error
+    if checksum != card.weights.get(name):
+        raise AdapterError(f"{file}: damaged or of another adapter, its checksum is not the card's")
+    return file
+
+
 @contextmanager
 def _stored(part: nn.Module, card: Card, folder: Path, name: str) -> Iterator[_Stored]:
     """The file of a part, once its checksum and its header are what the card says.
@@ -399,14 +544,7 @@ def _stored(part: nn.Module, card: Card, folder: Path, name: str) -> Iterator[_S
     Raises:
         AdapterError: missing or damaged, also when found only while reading.
     """
-    file = folder / f"{name}.safetensors"
-    try:
-        with file.open("rb") as stream:
-            checksum = hashlib.file_digest(stream, xxhash.xxh3_64).hexdigest()
-    except OSError as error:
-        raise AdapterError(f"{file}: missing") from error
-    if checksum != card.weights.get(name):
-        raise AdapterError(f"{file}: damaged or of another adapter, its checksum is not the card's")
+    file = checked(card, folder, name)
     shapes = {key: tensor.shape for key, tensor in part.state_dict().items()}
     try:
         with safe_open(file, "pt") as reader:

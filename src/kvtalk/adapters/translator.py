@@ -7,7 +7,7 @@ numbers (widths are trained together, as nested representations, arXiv 2205.1314
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -70,6 +70,25 @@ class Geometry:
             raise AdapterError(f"latent {self.latent}: must be a multiple of 8 from 16 to 4,096")
         if not self.receiver_layers or self.receiver_values % self.receiver_layers:
             raise AdapterError("the receiver's layers must all be of one shape")
+
+
+def joined(encoder: Geometry, decoder: Geometry) -> Geometry:
+    """Sizes of a translator that has the encoder of one and the decoder of another.
+
+    Raises:
+        AdapterError: their latents are of other sizes, or what one translator has the same on both sides is not.
+    """
+    for name in ("latent", "width", "expansion"):
+        ours, theirs = getattr(encoder, name), getattr(decoder, name)
+        if ours != theirs:
+            raise AdapterError(f"{name} {ours} of the encoder and {theirs} of the decoder: train both with the same")
+    return replace(
+        encoder,
+        receiver_layers=decoder.receiver_layers,
+        receiver_values=decoder.receiver_values,
+        decoder_blocks=decoder.decoder_blocks,
+        bottleneck=decoder.bottleneck,
+    )
 
 
 @dataclass(frozen=True)

@@ -51,20 +51,40 @@ def translator(
     trained: Annotated[
         Path | None, typer.Option("--from", help="Folder of an earlier run of this pair: start from its weights.")
     ] = None,
+    encoder: Annotated[
+        str | None,
+        typer.Option(
+            help="Adapter with this sharer (folder, hub id, or the name of one that comes with kvtalk) whose encoder "
+            "stays as it is: only a decoder is trained, to its latents."
+        ),
+    ] = None,
+    decoder: Annotated[
+        str | None,
+        typer.Option(
+            help="Adapter with this receiver whose decoder stays as it is: only an encoder is trained, to write for it."
+        ),
+    ] = None,
     check_every: Annotated[int, typer.Option(min=1, help="Steps between validations and checkpoints.")] = 250,
     seed: Annotated[int, typer.Option(help="Of everything drawn.")] = 0,
 ) -> None:
     """Train a translator: the sharer's cache becomes a cache of a receiver of another kind.
 
     Both models stay frozen. A stopped run goes on from its last checkpoint when the same command is given again.
+
+    With --encoder or --decoder, the new half joins the latent space of an adapter that is there; `kvtalk join` then
+    makes the adapter of any encoder and any decoder of that space.
     """
-    from kvtalk.adapters.store import Party, save_adapter
+    from kvtalk.adapters.store import Half, Party, save_adapter
     from kvtalk.adapters.translator import Geometry, Translator
+    from kvtalk.errors import TrainingError
     from kvtalk.training.batches import Recipe
     from kvtalk.training.loop import Schedule
     from kvtalk.training.texts import Texts
     from kvtalk.training.translator import training
 
+    if encoder is not None and decoder is not None:
+        raise TrainingError("nothing is left to train with --encoder and --decoder: use kvtalk join, or give one")
+    frozen = Half.of(encoder, "encoder") if encoder else Half.of(decoder, "decoder") if decoder else None
     texts = Texts.load(data)
     reads, answers = _loaded(sharer, receiver)
     parties = (Party(reads.name, reads.spec.fingerprint), Party(answers.name, answers.spec.fingerprint))
@@ -75,9 +95,11 @@ def translator(
         width=width,
         latent=latent,
     )
+    if frozen is not None:
+        geometry = frozen.fitted(geometry, reads.spec, answers.spec)
     pack = None if packing == "bf16" else packing
     with tempfile.TemporaryDirectory() as scratch:  # what cannot be saved is found before it is trained
-        save_adapter(Translator(geometry), *parties, Path(scratch), pack)
+        save_adapter(Translator(geometry), *parties, Path(scratch), pack, frozen=frozen)
     recipe = Recipe(
         schedule=Schedule(steps=steps, rate=rate, optimizer=optimizer),
         tokens=tokens,
@@ -88,12 +110,12 @@ def translator(
         packing=pack,
         seed=seed,
     )
-    run = training(reads, answers, texts, geometry, recipe, out_folder, trained)
+    run = training(reads, answers, texts, geometry, recipe, out_folder, trained, frozen)
     made = _go(run, steps, check_every)
     facts = {"data": [Path(name).name for name in data], "steps": steps}
     if not run.accelerator.is_main_process:
         return
-    save_adapter(made, *parties, out_folder, pack, facts)
+    save_adapter(made, *parties, out_folder, pack, facts, frozen)
     out.print(
         f"next: kvtalk eval --task squad --sharer {sharer} --receiver {receiver} --adapter {out_folder}",
         highlight=False,

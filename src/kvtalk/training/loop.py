@@ -278,13 +278,14 @@ class Weights:
     digest: str
 
     def into(self, module: nn.Module) -> None:
-        """Start a module from them.
+        """Start a module from them; what is frozen in it stays, and is in no checkpoint.
 
         Raises:
             TrainingError: they are of another version's module.
         """
+        frozen = {name: value for name, value in module.named_parameters() if not value.requires_grad}
         try:
-            module.load_state_dict(self.module)
+            module.load_state_dict({**self.module, **frozen})
         except RuntimeError as error:
             raise TrainingError(
                 "the earlier run is of another version: its weights have other names or sizes"

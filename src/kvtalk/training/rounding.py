@@ -15,12 +15,14 @@ from kvtalk.codecs import codec
 def rounded(module: nn.Module, packing: str | None) -> Iterator[None]:
     """While active, matrices are as a codec gives them back; gradients that arrive meanwhile move the exact ones.
 
+    Frozen ones are left alone: they are as a file holds them.
+
     Args:
         module: what is trained.
         packing: name of the codec; None leaves everything as it is.
     """
-    matrices = [parameter for parameter in module.parameters() if is_matrix(parameter)] if packing else []
-    exact = [(parameter, parameter.data) for parameter in matrices]
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad] if packing else []
+    exact = [(parameter, parameter.data) for parameter in trained if is_matrix(parameter)]
     for parameter, data in exact:
         parameter.data = codec(str(packing)).simulated(data.reshape(1, -1, data.shape[-1])).view_as(data)
     try:

@@ -17,15 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvtalk.adapters.translator import Geometry, Translator, squeezed
+from kvtalk.adapters.store import Half
+from kvtalk.adapters.translator import Encoder, Geometry, Translator, squeezed
 from kvtalk.adapters.vectors import from_vectors, to_vectors
 from kvtalk.cache import PADDING, KVCache
 from kvtalk.device import sent
+from kvtalk.errors import TrainingError
 from kvtalk.models import LM
 from kvtalk.placement import PlacedCache, PlacedLayer
 from kvtalk.rope import rotate_layers
 from kvtalk.training.batches import Batch, Batches, Recipe
-from kvtalk.training.linear import begin_linear
+from kvtalk.training.linear import begin_decoder, begin_encoder, begin_linear
 from kvtalk.training.loop import Loop, weights_of
 from kvtalk.training.losses import token_losses
 from kvtalk.training.rounding import rounded
@@ -205,6 +207,7 @@ def training(
     recipe: Recipe,
     out: Path,
     trained: Path | None = None,
+    frozen: Half | None = None,
 ) -> Loop:
     """A run that trains a translator, ready to start or to go on.
 
@@ -217,41 +220,60 @@ def training(
         out: folder for checkpoints and the log; a run in it is continued.
         trained: folder of an earlier run, from whose weights to start instead of the best linear map. Give the same
             texts, or what is kept back for validation may be what that run was trained on.
+        frozen: an adapter's half that stays as it is, in its own sizes; the other one learns its latent space.
 
     Raises:
-        TrainingError: the folder holds a run of other settings, or the earlier run is of another pair or other sizes.
+        AdapterError: the frozen half does not fit, is missing or damaged.
+        TrainingError: the folder holds a run of other settings or the frozen half, or the earlier run is of another
+            pair, frozen half, or other sizes.
     """
+    if frozen is not None:
+        geometry = frozen.fitted(geometry, sharer.spec, receiver.spec)
+        if frozen.folder.resolve() == out.resolve():
+            raise TrainingError(f"the half to build on lies in the run's own folder, {out}: give another one")
     pair = Pair(sharer, receiver)
     learned, kept_back = texts.split(KEPT_BACK)
     batches = Batches(learned, sharer, receiver, recipe, geometry.latent)
     checks = Batches(kept_back, sharer, receiver, recipe, geometry.latent).checks(32)
     torch.manual_seed(recipe.seed)
-    translator = Translator(geometry).to(receiver.device)
+    translator = Translator(geometry)
+    if frozen is not None:
+        setattr(translator, frozen.part, frozen.load().requires_grad_(False))
+    translator.to(receiver.device)
     settings: dict[str, Any] = {
         "geometry": asdict(geometry),
         "recipe": asdict(recipe),
         "sharer": asdict(sharer.spec.fingerprint),
         "receiver": asdict(receiver.spec.fingerprint),
         "texts": texts.digest,
+        "frozen": frozen and {frozen.part: frozen.card.weights[frozen.part]},
     }
-    begun = None if trained is None else weights_of(trained, settings, ("geometry", "sharer", "receiver"))
+    begun = None if trained is None else weights_of(trained, settings, ("geometry", "sharer", "receiver", "frozen"))
     settings["trained"] = begun and begun.digest
     loop = Loop(translator, Translation(pair, translator, recipe, checks), batches, recipe.schedule, settings, out)
     if loop.step == 0 and begun is not None:
         begun.into(translator)
-    elif loop.step == 0:
+    elif loop.step == 0 and frozen is None:
         begin_linear(translator, _aligned(pair, batches))
+    elif loop.step == 0 and frozen is not None and frozen.part == "decoder":
+        begin_encoder(translator, _aligned(pair, batches))
+    elif loop.step == 0:
+        begin_decoder(translator, _aligned(pair, batches, translator.encoder))
     return loop
 
 
-def _aligned(pair: Pair, batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
-    """Both models' vectors of the receiver's tokens of the first batches."""
+def _aligned(pair: Pair, batches: Batches, encoder: Encoder | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    """The sharer's vectors, or their latents, and the receiver's, of the receiver's tokens of the first batches."""
     for number in range(min(_FITTED_ON, len(batches))):
         batch = batches[number, 0]
         theirs, ours = pair.sharer_vectors(batch), pair.taught(batch, False)[0]
         real = _left_real([len(row) for row in batch.receiver], ours.shape[1]).to(ours.device)
-        rows = torch.arange(len(theirs), device=ours.device)[:, None]
-        yield theirs[rows, batch.pairing.index.to(ours.device)][real], ours[real]
+        pairing = batch.pairing.to(ours.device)
+        if encoder is None:
+            theirs = theirs[torch.arange(len(theirs), device=ours.device)[:, None], pairing.index]
+        else:
+            theirs = encoder(theirs, pairing)
+        yield theirs[real], ours[real]
 
 
 def _labels(batch: Batch) -> tuple[Tensor, Tensor]:
