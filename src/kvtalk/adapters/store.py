@@ -307,7 +307,7 @@ def read_card(name: str | Path, kind: str | None = None) -> tuple[Card, Path]:
     """The card of an adapter and the folder it lies in.
 
     Args:
-        name: folder, hub id, or name of one that comes with kvtalk.
+        name: folder, hub id (``@REVISION`` after it for a branch), or name of one that comes with kvtalk.
         kind: which kind it must be of; by default any.
 
     Raises:
@@ -417,8 +417,9 @@ def _folder(name: str | Path) -> Path:
         raise AdapterError(f"no adapter {str(name)!r}: give its folder, a hub id, or one of {', '.join(names)}")
     from huggingface_hub import snapshot_download
 
+    repo, _, revision = str(name).partition("@")
     try:
-        return Path(snapshot_download(str(name), allow_patterns=[CARD, "*.safetensors"]))
+        return Path(snapshot_download(repo, revision=revision or None, allow_patterns=[CARD, "*.safetensors"]))
     except Exception as error:  # whatever the hub's client raises
         raise AdapterError(f"{name}: neither a folder nor an adapter on the hub ({str(error)[:200]})") from error
 
