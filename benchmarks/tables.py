@@ -5,6 +5,7 @@ python benchmarks/tables.py [NAME ...], of those in TABLES
 
 from __future__ import annotations
 
+import gzip
 import json
 import sys
 from collections.abc import Iterator
@@ -61,6 +62,9 @@ TABLES = (
     "text",
     "decoding",
     "fused",
+    "cut",
+    "taught",
+    "worth",
     "fusing",
 )
 CHOICE_TASKS = ("openbookqa", "arc_challenge", "arc_easy", "mmlu_redux", "ceval")
@@ -204,17 +208,75 @@ def lora() -> Iterator[str]:
         yield f"| {pair} | {len(scores[-1]):,} | {' | '.join(cells)} |"
 
 
+FUSED_ARMS = ("receiver", "sharer", "relay", "routing", "fused bf16", "wrong bf16", "zeroed bf16", "self bf16")
+
+
 def fused() -> Iterator[str]:
     """Fused caches: what the fuser makes of the sharer's, and of what else stands in its place."""
-    names = ("receiver", "sharer", "fused bf16", "wrong bf16", "zeroed bf16", "self bf16")
-    yield f"| task | sharer+receiver | questions | {' | '.join(name.removesuffix(' bf16') for name in names)} | gain |"
-    yield "| --- " * (len(names) + 4) + "|"
-    for task, metric in (("squad", "f1"), *((task, "acc_norm") for task in CHOICE_TASKS)):
-        for folder in sorted((RESULTS / "fuser" / task).glob("*")):
-            rows = rows_of(folder)
-            cells = [figure(metric, rows[name][metric]) if name in rows else "" for name in names]
-            count = f"{rows['receiver']['items']:,}"
-            yield f"| {task} | {folder.name} | {count} | {' | '.join(cells)} | {signed(rows['fused bf16']['gain'])} |"
+    yield _fused_head("task, protocol")
+    yield "| --- " * (len(FUSED_ARMS) + 3) + "|"
+    for protocol, metric in (("likelihood", "acc_norm"), ("letter", "acc")):
+        for task in CHOICE_TASKS:
+            folder = RESULTS / "fuser" / task / protocol / PAIRS[1]
+            if folder.exists():
+                yield _fused_row(f"{task}, {protocol}", folder, metric)
+    yield _fused_row("squad, the context at the sharer", RESULTS / "fuser" / "squad" / PAIRS[1], "f1")
+
+
+def cut() -> Iterator[str]:
+    """The same of runs that were cut off: of the questions that every arm had answered."""
+    yield _fused_head("task, likelihood")
+    yield "| --- " * (len(FUSED_ARMS) + 2) + "|"
+    for file in sorted((RESULTS / "fuser" / "cut").glob("*.jsonl.gz")):
+        found: dict[str, dict[str, float]] = {}
+        with gzip.open(file, "rt", encoding="utf-8") as lines:
+            for row in map(json.loads, lines):
+                found.setdefault(row["arm"], {})[row["id"]] = 100 * row["scores"]["acc_norm"]
+        names = [name for name in FUSED_ARMS if name != "routing"]
+        asked = sorted(set.intersection(*(set(found[name]) for name in names)))
+        scores = {name: [found[name][key] for key in asked] for name in names}
+        cells = [figure("acc_norm", bootstrap(scores[name]).rounded()) for name in names]
+        best = max(("wrong bf16", "zeroed bf16", "self bf16"), key=lambda name: sum(scores[name]))
+        gain = bootstrap([one - other for one, other in zip(scores["fused bf16"], scores[best], strict=True)])
+        task = file.name.removesuffix(".jsonl.gz")
+        yield f"| {task} | {len(asked):,} | {' | '.join(cells)} | {signed(gain.rounded())} |"
+
+
+def taught() -> Iterator[str]:
+    """What the logs of fusers' trainings say at their last validation."""
+    figures = ("accuracy", "preference", "instructions", "running", "oracle")
+    yield f"| run | steps | {' | '.join(figures)} |"
+    yield "| --- " * (len(figures) + 2) + "|"
+    for file in sorted((RESULTS / "fuser" / "logs").glob("*.jsonl")):
+        last = [row for row in map(json.loads, file.read_text("utf-8").splitlines()) if "gates open" in row][-1]
+        cells = []
+        for name in figures:
+            percent, digits = (100, 1) if name == "accuracy" else (1, 3)
+            ways = (last[f"{name}{way}"] for way in ("", " wrong", " zeroed", " alone"))
+            cells.append(" / ".join(f"{percent * value:.{digits}f}" for value in ways))
+        yield f"| {file.stem} | {last['step']} | {' | '.join(cells)} |"
+
+
+def worth() -> Iterator[str]:
+    """What a sharer adds to the answers that a receiver is taught, in nats."""
+    names = ("right", "wrong", "zeroed", "none", "self")
+    yield f"| kind of row | rows | {' | '.join(names)} | gain |"
+    yield "| --- " * (len(names) + 3) + "|"
+    for row in json.loads((RESULTS / "fuser" / "gain.json").read_text("utf-8"))["measured"]:
+        cells = [f"{row[name][0]:.3f}" for name in names]
+        mean, low, high = row["gain"]
+        yield f"| {row['kind']} | {row['rows']} | {' | '.join(cells)} | {mean:+.3f} [{low:+.3f}, {high:+.3f}] |"
+
+
+def _fused_head(first: str) -> str:
+    names = [name.removesuffix(" bf16") for name in FUSED_ARMS if first != "task, likelihood" or name != "routing"]
+    return f"| {first} | questions | {' | '.join(names)} | gain |"
+
+
+def _fused_row(title: str, folder: Path, metric: str) -> str:
+    rows = rows_of(folder)
+    cells = [figure(metric, rows[name][metric]) if name in rows else "" for name in FUSED_ARMS]
+    return f"| {title} | {rows['receiver']['items']:,} | {' | '.join(cells)} | {signed(rows['fused bf16']['gain'])} |"
 
 
 def fusing() -> Iterator[str]:

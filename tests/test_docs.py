@@ -59,6 +59,9 @@ def test_readme_lists_every_method() -> None:
         ("text", TRANSLATOR),
         ("decoding", TRANSLATOR),
         ("fused", FUSER),
+        ("cut", FUSER),
+        ("taught", FUSER),
+        ("worth", FUSER),
         ("fusing", FUSER),
     ],
 )

@@ -34,7 +34,7 @@ from kvtalk.adapters.store import (
 from kvtalk.adapters.translator import Geometry, Translator
 from kvtalk.alignment.layers import layer_map
 from kvtalk.cache import PADDING, Prefix
-from kvtalk.errors import AdapterError, BudgetError, InputError, PacketError
+from kvtalk.errors import AdapterError, AlignmentError, BudgetError, InputError, PacketError
 from kvtalk.fusion import FusedReceiver, FusedSharer, Fusion
 from kvtalk.link import Receiver
 from kvtalk.models import LM
@@ -844,7 +844,10 @@ def test_packets_of_more_or_fewer_tokens_than_the_text_has_are_refused(
     for after in {0, most}:
         _, placed = pair.receiver.fuse(PROMPTS[:1], [[packet(after)]])
         assert all(tensor.isfinite().all() for tensor in tensors(placed))
-    wrong = [packet(most + 1), replace(packet(0), length=text - 1), replace(packet(0), length=0)]
+    with pytest.raises(AlignmentError, match="257 tokens after the text: a fuser takes at most 256"):
+        packet(257)
+    wrong = [replace(packet(most), length=text + most + 1)]
+    wrong += [replace(packet(0), length=text - 1), replace(packet(0), length=0)]
     wrong += [replace(packet(0), length=1 << 40), replace(packet(0), length=-1)]
     for prefix in wrong:
         words = f"the sharer read {prefix.length} tokens, the receiver's text has {text} of them: give both the same"

@@ -428,7 +428,7 @@ def trained_logits(objective: Fusing, fuser: Fuser, batch: FusedBatch, monkeypat
 
     monkeypatch.setattr(fuser_training, "token_losses", spy)
     fuser.eval()
-    objective._answered(fuser, batch)
+    objective.answered(fuser, batch)
     return list(torch.split(seen[0], [len(answer) for answer in batch.answers]))
 
 

@@ -229,7 +229,7 @@ class SharerSide:
             earlier: of a single prompt, the turns before it, which are not read again; it grows by this one.
 
         Raises:
-            AlignmentError: no token of the receiver's overlaps any of the sharer's.
+            AlignmentError: no token of the receiver's overlaps any of the sharer's, or too many follow the text.
         """
         start = 0 if earlier is None else earlier.tokens
         theirs = readings(self.lm.tokenizer, prompts, [] if start else None)
@@ -243,6 +243,8 @@ class SharerSide:
             chosen = torch.unique(chosen[chosen != NONE])
             if not len(chosen):
                 raise AlignmentError("no token of the receiver overlaps one of the sharer: is the prompt empty?")
+            if one.after * self.geometry.roles > _MOST_AFTER:
+                raise AlignmentError(f"{one.after} tokens after the text: a fuser takes at most {_MOST_AFTER}")
             last = torch.arange(one.end, one.end + one.after * self.geometry.roles) - one.begin
             chosen = torch.cat([chosen, last])
             wanted[row, chosen + one.begin] = chosen

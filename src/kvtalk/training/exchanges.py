@@ -306,12 +306,12 @@ class FusedBatches(Dataset[FusedBatch]):
             while left:
                 some = self._within(left)
                 batch = self.of(some, kind)
-                other = self._elsewhere(some, batch) if kind in ("oracle", "running") else wrong_of(batch)
+                other = self.elsewhere(some, batch) if kind in ("oracle", "running") else wrong_of(batch)
                 found.append((batch, other))
                 left = left[len(some) :]
         return found
 
-    def _elsewhere(self, exchanges: Sequence[Exchange], batch: FusedBatch) -> FusedBatch | None:
+    def elsewhere(self, exchanges: Sequence[Exchange], batch: FusedBatch) -> FusedBatch | None:
         """The same questions with the sharer's words before them, its context among these, from another row."""
         befores = list(dict.fromkeys(exchange.sharer.before for exchange in exchanges))
         if len(befores) == 1 or len(batch.sharer) < len(exchanges):

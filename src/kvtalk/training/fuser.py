@@ -156,7 +156,7 @@ class Fusing:
                 for name, (used, lent) in ways.items():
                     if lent is None:
                         continue
-                    total, entropies = self._answered(used, lent, zeroed=name == " zeroed")
+                    total, entropies = self.answered(used, lent, zeroed=name == " zeroed")
                     measured = {batch.kind: float(total)}
                     if batch.kind == "choices":
                         measured |= _chosen(batch, entropies)
@@ -180,7 +180,7 @@ class Fusing:
         both = [(self._theirs(batch)[0], self._ours(batch)[1]) for batch in some]
         fuser.standardise(torch.cat([one for one, _ in both], 1), torch.cat([own for _, own in both], 1))
 
-    def _answered(self, module: nn.Module | None, batch: FusedBatch, *, zeroed: bool = False) -> tuple[Tensor, Tensor]:
+    def answered(self, module: nn.Module | None, batch: FusedBatch, *, zeroed: bool = False) -> tuple[Tensor, Tensor]:
         """Mean cross-entropy of right answers with all rows alike, and that of every answer's token."""
         states, labels = self._states(module, batch, zeroed=zeroed)
         total, _, entropies = token_losses(self.receiver.unembedding, states, None, labels, _both(_told(batch), states))

@@ -1,0 +1,120 @@
+"""What a sharer adds to the answers that a receiver is taught, in nats, above what stands in its place.
+
+    python benchmarks/fuser_gain.py FUSER SELF --data ... --rows 200 --out results/fuser/gain.json
+
+Of rows that training kept back: mean cross-entropy of the answer's tokens (of multiple choice: of the right option
+among all) with the right cache, a wrong and a zeroed one, none, and with the receiver's own through a fuser trained
+alike (SELF). The gain is against the best of wrong, zeroed and self, row by row; intervals are of a paired bootstrap.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from kvtalk.adapters.fuser import Fuser
+from kvtalk.adapters.fusing import geometry_of
+from kvtalk.adapters.store import load_fuser, read_card
+from kvtalk.evaluation.statistics import bootstrap
+from kvtalk.models import LM
+from kvtalk.training.exchanges import Exchanges, FusedBatch, FusedBatches, Mixture, wrong_of
+from kvtalk.training.fuser import KEPT_BACK, FuserRecipe, Fusing
+
+TOGETHER = 8
+"""Rows; each gets the wrong cache from another of these."""
+
+
+class Way:
+    """A trained fuser and what it is asked."""
+
+    def __init__(self, folder: str, sharer: LM, receiver: LM, kept: Exchanges) -> None:
+        card, where = read_card(folder, "fuser")
+        for role, lm in (("sharer", sharer), ("receiver", receiver)):
+            card.check(role, lm.spec)
+        geometry = geometry_of(card)
+        self.fuser: Fuser = load_fuser(card, where).eval().to(receiver.device)
+        self.objective = Fusing(sharer, receiver, geometry, FuserRecipe(), [])
+        self.batches = FusedBatches(kept, sharer, receiver, Mixture(letters=0, bare=0), geometry, 0)
+
+    def both(self, kind: str, numbers: range) -> tuple[FusedBatch, FusedBatch | None]:
+        """Some rows, and the same with caches of others."""
+        rows = self.batches.exchanges.rows[kind]
+        made = [self.batches.exchange(rows[number], random.Random(number)) for number in numbers]
+        batch = self.batches.of(made, kind)
+        assert len(batch.receiver) == len(numbers)
+        return batch, self.batches.elsewhere(made, batch) if kind in ("oracle", "running") else wrong_of(batch)
+
+    @torch.no_grad()
+    def losses(self, fuser: Fuser | None, batch: FusedBatch, zeroed: bool = False) -> Iterator[float]:
+        """Of each prompt."""
+        _, entropies = self.objective.answered(fuser, batch, zeroed=zeroed)
+        parts = torch.split(entropies.cpu(), [len(answer) for answer in batch.answers])
+        for prompt in range(len(batch.receiver)):
+            here = [row for row, owner in enumerate(batch.prompts) if owner == prompt]
+            right = next(place for place, row in enumerate(here) if batch.right[row])
+            if len(here) == 1:
+                yield float(parts[here[0]].mean())
+            else:
+                scores = torch.tensor([-8 * float(parts[row].sum()) / max(1, batch.lengths[row]) for row in here])
+                yield -float(scores.log_softmax(0)[right])
+
+
+def interval(values: Tensor) -> list[float]:
+    """Mean, low, high."""
+    found = bootstrap(values.tolist())
+    return [round(value, 3) for value in (found.mean, found.low, found.high)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("fuser")
+    parser.add_argument("own", metavar="SELF")
+    parser.add_argument("--sharer", default="gemma3-270m")
+    parser.add_argument("--receiver", default="smollm2-135m")
+    parser.add_argument("--data", nargs="+", required=True)
+    parser.add_argument("--rows", type=int, default=200)
+    parser.add_argument("--out", type=Path, default=Path("results/fuser/gain.json"))
+    args = parser.parse_args()
+    receiver, sharer = LM.load(args.receiver), LM.load(args.sharer)
+    _, kept = Exchanges.load(args.data).split(KEPT_BACK)
+    ours, own = Way(args.fuser, sharer, receiver, kept), Way(args.own, receiver, receiver, kept)
+    found = []
+    for kind, rows in kept.rows.items():
+        seen: dict[str, list[float]] = {name: [] for name in ("right", "wrong", "zeroed", "none", "self")}
+        count = min(args.rows, len(rows)) // TOGETHER
+        for chunk in tqdm(range(count), desc=kind):
+            numbers = range(chunk * TOGETHER, (chunk + 1) * TOGETHER)
+            batch, wrong = ours.both(kind, numbers)
+            if wrong is None:
+                continue
+            seen["right"] += ours.losses(ours.fuser, batch)
+            seen["wrong"] += ours.losses(ours.fuser, wrong)
+            seen["zeroed"] += ours.losses(ours.fuser, batch, zeroed=True)
+            seen["none"] += ours.losses(None, batch)
+            seen["self"] += own.losses(own.fuser, own.both(kind, numbers)[0])
+        values = {name: torch.tensor(listed, dtype=torch.float64) for name, listed in seen.items()}
+        best = min(("wrong", "zeroed", "self"), key=lambda name: float(values[name].mean()))
+        gain: Tensor = values[best] - values["right"]
+        found.append(
+            {
+                "kind": kind,
+                "rows": len(gain),
+                **{name: interval(one) for name, one in values.items()},
+                "best": best,
+                "gain": interval(gain),
+            }
+        )
+        print(found[-1])
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps({"models": [args.sharer, args.receiver], "measured": found}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
