@@ -2,9 +2,10 @@
 
     python benchmarks/fuser_gain.py FUSER SELF --data ... --rows 200 --out results/fuser/gain.json
 
-Of rows that training kept back: mean cross-entropy of the answer's tokens (of multiple choice: of the right option
-among all) with the right cache, a wrong and a zeroed one, none, and with the receiver's own through a fuser trained
-alike (SELF). The gain is against the best of wrong, zeroed and self, row by row; intervals are of a paired bootstrap.
+Of rows that neither fuser was trained on: mean cross-entropy of the answer's tokens (of multiple choice: of the right
+option among all) with the right cache, a wrong and a zeroed one, none, and with the receiver's own through a fuser that
+was trained alike (SELF). The gain is against the best of wrong, zeroed and self, row by row; intervals are of a paired
+bootstrap.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from kvtalk.adapters.store import load_fuser, read_card
 from kvtalk.evaluation.statistics import bootstrap
 from kvtalk.models import LM
 from kvtalk.training.exchanges import Exchanges, FusedBatch, FusedBatches, Mixture, wrong_of
-from kvtalk.training.fuser import KEPT_BACK, FuserRecipe, Fusing
+from kvtalk.training.fuser import SHARPNESS, FuserRecipe, Fusing
 
 TOGETHER = 8
 """Rows; each gets the wrong cache from another of these."""
@@ -34,14 +35,14 @@ TOGETHER = 8
 class Way:
     """A trained fuser and what it is asked."""
 
-    def __init__(self, folder: str, sharer: LM, receiver: LM, kept: Exchanges) -> None:
+    def __init__(self, folder: str, sharer: LM, receiver: LM, asked: Exchanges) -> None:
         card, where = read_card(folder, "fuser")
         for role, lm in (("sharer", sharer), ("receiver", receiver)):
             card.check(role, lm.spec)
         geometry = geometry_of(card)
         self.fuser: Fuser = load_fuser(card, where).eval().to(receiver.device)
         self.objective = Fusing(sharer, receiver, geometry, FuserRecipe(), [])
-        self.batches = FusedBatches(kept, sharer, receiver, Mixture(letters=0, bare=0), geometry, 0)
+        self.batches = FusedBatches(asked, sharer, receiver, Mixture(letters=0, bare=0), geometry, 0)
 
     def both(self, kind: str, numbers: range) -> tuple[FusedBatch, FusedBatch | None]:
         """Some rows, and the same with caches of others."""
@@ -62,7 +63,9 @@ class Way:
             if len(here) == 1:
                 yield float(parts[here[0]].mean())
             else:
-                scores = torch.tensor([-8 * float(parts[row].sum()) / max(1, batch.lengths[row]) for row in here])
+                scores = torch.tensor(
+                    [-SHARPNESS * float(parts[row].sum()) / max(1, batch.lengths[row]) for row in here]
+                )
                 yield -float(scores.log_softmax(0)[right])
 
 
@@ -83,10 +86,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/fuser/gain.json"))
     args = parser.parse_args()
     receiver, sharer = LM.load(args.receiver), LM.load(args.sharer)
-    _, kept = Exchanges.load(args.data).split(KEPT_BACK)
-    ours, own = Way(args.fuser, sharer, receiver, kept), Way(args.own, receiver, receiver, kept)
+    asked = Exchanges.load(args.data)
+    ours, own = Way(args.fuser, sharer, receiver, asked), Way(args.own, receiver, receiver, asked)
     found = []
-    for kind, rows in kept.rows.items():
+    for kind, rows in asked.rows.items():
         seen: dict[str, list[float]] = {name: [] for name in ("right", "wrong", "zeroed", "none", "self")}
         count = min(args.rows, len(rows)) // TOGETHER
         for chunk in tqdm(range(count), desc=kind):
@@ -113,7 +116,10 @@ def main() -> None:
         )
         print(found[-1])
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps({"models": [args.sharer, args.receiver], "measured": found}, indent=1) + "\n")
+    data = [Path(name).name for name in args.data]
+    args.out.write_text(
+        json.dumps({"models": [args.sharer, args.receiver], "data": data, "measured": found}, indent=1) + "\n"
+    )
 
 
 if __name__ == "__main__":

@@ -170,6 +170,8 @@ def test_a_chat_template_stands_around_what_is_shared(models: tuple[LM, LM]) -> 
         ({**CHOICE, "choices": "AB"}, "choices must be a list of texts"),
         ({**CHOICE, "choices": []}, "choices must be a list of texts"),
         ({**CHOICE, "choices": ["one", " "]}, "choices must be a list of texts"),
+        ({**CHOICE, "choices": ["one"], "answer": 0}, "one choice alone leaves nothing to choose"),
+        ({"text": " "}, "text must be a text that is not empty"),
         ({**CHOICE, "choices": ["one", 2]}, "choices must be a list of texts"),
         ({**CHOICE, "question": None}, "question must be a text"),
         ({**CHOICE, "question": " "}, "question must be a text"),
@@ -332,6 +334,24 @@ def test_no_context_question_or_prompt_is_in_both_parts() -> None:
         assert not both[0] & both[1]
         assert len(both[1]) >= 2
         assert len(learned.rows[kind]) + len(kept.rows[kind]) == 60
+
+
+def test_no_text_is_in_both_parts_whatever_its_rows_are() -> None:
+    asked = [f"What is {number}?" for number in range(60)]
+    rows = [{"question": text, "choices": ["a", "b"], "answer": 0} for text in asked]
+    rows += [{"context": f"Text {n}.", "question": text, "answers": ["a"]} for n, text in enumerate(asked)]
+    rows += [{"prompt": f"{text}\nOptions:\n- a\n- b", "response": "a"} for text in asked[::-1]]
+    learned, kept = Exchanges.of(rows).split(0.05)
+
+    def texts(part: Exchanges) -> set[str]:
+        found = {row.question for kind in ("choices", "oracle") for row in part.rows[kind]}
+        return found | {row.prompt.partition("\n")[0] for row in part.rows["instructions"]}
+
+    assert not texts(learned) & texts(kept)
+    assert {kind: len(listed) for kind, listed in kept.rows.items()} == {"choices": 3, "oracle": 3, "instructions": 3}
+    assert all(len(listed) >= 51 for listed in learned.rows.values())
+    with pytest.raises(TrainingError, match="all rows ask the same: nothing is left"):
+        Exchanges.of([CHOICE] * 20).split(0.05)
 
 
 # What a token policy drops
@@ -498,7 +518,10 @@ def test_the_right_option_is_preferred_by_likelihood_a_character(
 ) -> None:
     made, rng = batches(models, Mixture(letters=0)), random.Random(0)
     longer = Multiple("Which is far?", ("a sun that is very far away", "the mill", "me"), 2)
-    batch = made.of([made.exchange(row, rng) for row in (*made.exchanges.rows["choices"][:3], longer)], "choices")
+    every = [made.exchange(row, rng) for row in (*made.exchanges.rows["choices"][:3], longer)]
+    letters = batches(models, Mixture(letters=1))
+    every.insert(2, letters.exchange(longer, rng))  # counts as a row of its own
+    batch = made.of(every, "choices")
     fuser, objective = random_fuser(geometry).eval(), untaught(models, geometry, None)
     losses = objective.losses(fuser, batch, 0)
     losses["total"].backward()
@@ -511,10 +534,12 @@ def test_the_right_option_is_preferred_by_likelihood_a_character(
     right, words, preferred = torch.tensor(batch.right), [], []
     for prompt in range(len(batch.receiver)):
         here = torch.tensor(batch.prompts) == prompt
-        scores = -fuser_training._SHARPNESS * sums[here] / torch.tensor(batch.lengths)[here]
-        preferred.append(-scores.log_softmax(0)[right[here]][0])
-        words.append(means[here & right][0])
-    total = torch.stack(preferred).mean() + fuser_training._WORDS * torch.stack(words).mean()
+        scores = -fuser_training.SHARPNESS * sums[here] / torch.tensor(batch.lengths)[here]
+        if here.sum() > 1:
+            preferred.append(-scores.log_softmax(0)[right[here]][0])
+        words.append((fuser_training._WORDS if here.sum() > 1 else 1) * means[here & right][0])
+    assert (len(preferred), len(words)) == (4, 5)
+    total = torch.stack(preferred).mean() + torch.stack(words).mean()
     total.backward()
     torch.testing.assert_close(losses["total"], total, atol=1e-4, rtol=1e-5)
     assert found.keys() == {name for name, parameter in fuser.named_parameters() if parameter.grad is not None}
@@ -524,7 +549,7 @@ def test_the_right_option_is_preferred_by_likelihood_a_character(
     chosen = fuser_training._chosen(batch, entropies.detach())
     best = [
         bool(right[rows][(sums[rows] / torch.tensor(batch.lengths)[rows]).argmin()])
-        for rows in (torch.tensor(batch.prompts) == prompt for prompt in range(len(batch.receiver)))
+        for rows in (torch.tensor(batch.prompts) == prompt for prompt in (0, 1, 3, 4))
     ]
     assert chosen["accuracy"] == sum(best) / len(best)
     assert chosen["preference"] == pytest.approx(float(torch.stack(preferred).mean().detach()), rel=1e-4)
@@ -695,10 +720,40 @@ def test_the_gain_is_above_the_better_control(
     gains = [min(found[f"{kind} wrong"], found[f"{kind} zeroed"]) - found[kind] for kind in kinds]
     assert found["gain"] == pytest.approx(sum(gains) / 3)
     parameter = next(models[1].model.parameters())
-    with torch.no_grad():
-        parameter.add_(0)
-    with pytest.raises(TrainingError, match="a model that is not to be trained has changed"):
-        objective.measure(random_fuser(geometry))
+    for change in (lambda: parameter.add_(0), lambda: setattr(parameter, "data", parameter.data.clone())):
+        objective = Fusing(*models, geometry, RECIPE, objective.checks)
+        with torch.no_grad():
+            change()
+        with pytest.raises(TrainingError, match="a model that is not to be trained has changed"):
+            objective.measure(random_fuser(geometry))
+
+
+def test_a_gain_is_of_rows_that_have_a_wrong_cache_and_rows_count_alike(
+    models: tuple[LM, LM], geometry: FuserGeometry, tmp_path: Path
+) -> None:
+    made = batches(models)
+    every = [made.exchange(row, random.Random(1)) for row in made.exchanges.rows["instructions"][:6]]
+    parts = [
+        made.of(every[:2], "instructions"),
+        made.of(every[2:5], "instructions"),
+        made.of(every[5:], "instructions"),
+    ]
+    checks = [(part, wrong_of(part)) for part in parts]
+    assert [wrong is None for _, wrong in checks] == [False, False, True]
+    fuser = random_fuser(geometry)
+    found = [Fusing(*models, geometry, RECIPE, [check]).measure(fuser) for check in checks]
+    whole = Fusing(*models, geometry, RECIPE, checks).measure(fuser)
+    assert "gain" not in found[2]
+
+    def mean(name: str, counts: Sequence[int]) -> float:
+        return sum(n * one[name] for n, one in zip(counts, found, strict=False)) / sum(counts)
+
+    assert whole["instructions"] == pytest.approx(mean("instructions", (2, 3, 1)))
+    best = min(mean("instructions wrong", (2, 3)), mean("instructions zeroed", (2, 3)))
+    assert whole["gain"] == pytest.approx(best - mean("instructions", (2, 3)))
+    few = [{**ASKED, "question": f"What is {number}?"} for number in range(20)] + [{**ASKED, "context": "Two."}] * 2
+    with pytest.raises(TrainingError, match="patience needs a gain to wait for"):
+        seen_until(training(*models, Exchanges.of(few), geometry, RECIPE, tmp_path, patience=2), 12)
 
 
 def test_muon_moves_stacks_by_nearly_orthogonal_steps(

@@ -127,15 +127,14 @@ class FuserGeometry:
         """From a card's JSON.
 
         Raises:
-            AdapterError: sizes that cannot be.
-            KeyError: a part is missing, as in a card of an earlier version.
+            AdapterError: sizes that cannot be, or some missing, as in a card of an earlier version.
             TypeError: a part that is no object or list, or one that is not known.
         """
+        missing = [one.name for one in dataclass_fields(cls) if one.name not in content]
+        if missing:
+            raise AdapterError(f"{missing[0]!r} is missing, as in an earlier version's: train or import it again")
         fields = dict(content)
         sharer, receiver = (Shape(**fields.pop(name)) for name in ("sharer", "receiver"))
-        missing = sorted({one.name for one in dataclass_fields(cls)} - content.keys())
-        if missing:
-            raise KeyError(missing[0])
         geometry = cls(sharer, receiver, tuple(fields.pop("layers")), **fields)
         geometry.check()
         return geometry
@@ -169,6 +168,7 @@ class Stacked(nn.Module):
     def __init__(self, slots: int, inputs: int, outputs: int, bias: bool = True) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(slots, inputs, outputs))
+        self.weight.stacked = True  # type: ignore[attr-defined]
         self.bias = nn.Parameter(torch.zeros(slots, 1, outputs)) if bias else None
         nn.init.normal_(self.weight, std=inputs**-0.5)
 

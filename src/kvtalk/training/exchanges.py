@@ -29,6 +29,8 @@ _RESPONSE = 240
 """Characters of a response that are learned at most."""
 _CONTEXT, _SHARED, _CONTINUED = (300, 1500), (20, 300), (40, 160)
 """Characters of running text that the sharer alone reads, that both read, and that come next; from, to."""
+_OPTIONS = "\nOptions:"
+"""What parts a prompt's question from its options in FLAN's form."""
 _SLACK = 40
 """Characters that the end of a word may add."""
 _PIECE = 400, sum(most for _, most in (_CONTEXT, _SHARED, _CONTINUED)) + 3 * _SLACK
@@ -163,19 +165,25 @@ class Exchanges:
         return str(xxhash.xxh3_64_hexdigest(repr(self.rows).encode()))
 
     def split(self, share: float) -> tuple[Exchanges, Exchanges]:
-        """A training and a validation part; no context, question or prompt is in both.
+        """A training and a validation part; no context, question or prompt is in both, of whatever kind its row is.
 
         Of each kind two texts at least are kept back where there are four: one alone has no other that a wrong cache
         could come from.
+
+        Raises:
+            TrainingError: nothing is left to train on.
         """
-        learned: dict[str, list[Any]] = {}
+        kept: set[str] = set()
         checked: dict[str, list[Any]] = {}
         for kind, listed in self.rows.items():
             texts = list(dict.fromkeys(map(_text, listed)))
-            kept = set(texts[-max(2 if len(texts) >= 4 else 1, int(share * len(texts))) :])
-            checked[kind] = [row for row in listed if _text(row) in kept]
-            if len(kept) < len(texts):
-                learned[kind] = [row for row in listed if _text(row) not in kept]
+            some = set(texts[-max(2 if len(texts) >= 4 else 1, int(share * len(texts))) :])
+            checked[kind] = [row for row in listed if _text(row) in some]
+            kept.update(text for row in checked[kind] for text in _texts(row))
+        left = {kind: [row for row in listed if kept.isdisjoint(_texts(row))] for kind, listed in self.rows.items()}
+        learned = {kind: listed for kind, listed in left.items() if listed}
+        if not learned:
+            raise TrainingError("all rows ask the same: nothing is left to train on when some are kept back")
         return Exchanges(learned), Exchanges(checked)
 
 
@@ -394,6 +402,13 @@ def _asked(row: Multiple) -> str:
     return f"Question: {row.question}\nAnswer:"
 
 
+def _texts(row: Row) -> set[str]:
+    """What must not be in both parts: a context, a question, and a prompt without its options."""
+    if isinstance(row, Question):
+        return {row.context, row.question}
+    return {_text(row).partition(_OPTIONS)[0].strip()}
+
+
 def _options_of(row: Multiple, text: str) -> Exchange:
     """A question with its options."""
     return Exchange(Prompt("", text), Prompt("", text), tuple(f" {choice}" for choice in row.choices), right=row.answer)
@@ -449,6 +464,8 @@ def _read(row: dict[str, Any], number: int) -> list[Row]:
             raise TrainingError(f"row {number}: question must be a text that is not empty")
         if not isinstance(choices, list) or not choices or not all(map(_worded, choices)):
             raise TrainingError(f"row {number}: choices must be a list of texts that are not empty")
+        if len(choices) < 2:
+            raise TrainingError(f"row {number}: one choice alone leaves nothing to choose")
         if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
             raise TrainingError(f"row {number}: answer must be the index of the right one of the choices, from 0")
         return [Multiple(question, tuple(choices), answer)]

@@ -10,6 +10,7 @@ packet's codec and token policy may stand in the loop.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -29,7 +30,7 @@ from kvtalk.models import LM
 from kvtalk.planning import Plan
 from kvtalk.selection.tokens import kept_count
 from kvtalk.training.exchanges import Exchanges, FusedBatch, FusedBatches, Mixture
-from kvtalk.training.loop import Loop, Schedule
+from kvtalk.training.loop import GAIN, Loop, Schedule
 from kvtalk.training.losses import token_losses
 from kvtalk.training.rounding import rounded
 
@@ -46,7 +47,7 @@ _COLDEST = 1e-3
 _IN_WORDS = "oracle", "running", "instructions"
 """Kinds of rows whose answers are not compared with others."""
 
-_SHARPNESS = 8.0
+SHARPNESS = 8.0
 """Options are compared by this times their log-likelihood a character."""
 _WORDS = 0.1
 """Weight of the right option's own words where options are compared."""
@@ -93,7 +94,7 @@ class Fusing:
         checks: Sequence[tuple[FusedBatch, FusedBatch | None]],
     ) -> None:
         self.sharer, self.receiver, self.geometry, self.recipe, self.checks = sharer, receiver, geometry, recipe, checks
-        self._versions = [parameter._version for parameter in self._frozen()]
+        self._before = self._versions()
         self.plan = None if recipe.plan is None else replace(Plan.parse(recipe.plan, recipe.seed), rope=geometry.rope)
         for lm in (sharer, receiver):
             lm.model.requires_grad_(False)
@@ -105,13 +106,13 @@ class Fusing:
         one among them, and a little of its words'."""
         states, labels = self._states(module, batch)
         unembedding, compared = self.receiver.unembedding, len(batch.receiver) < len(batch.answers)
-        weights = _told(batch)
+        weights = _told(batch, _WORDS)
         if compared:
             with torch.no_grad():
                 nothing = torch.zeros(2, len(labels), device=labels.device)
                 _, _, entropies = token_losses(unembedding, states.detach(), None, labels, nothing)
             preferred, pulls = _preference(batch, entropies)
-            weights = _WORDS * weights + pulls
+            weights = weights + pulls
         total, _, _ = token_losses(unembedding, states, None, labels, _both(weights, states))
         if compared:  # what it weighs the tokens by is of this step; what it is worth is the loss
             words = total.detach() - (pulls.to(labels.device) * entropies).sum()
@@ -135,16 +136,17 @@ class Fusing:
 
         Wrong is another question's; where only the sharer reads a context, the same question's with another context.
         ``gain`` is by how much the right cache's losses are below the lower one of wrong and zeroed, nats, mean of the
-        kinds; of multiple choice the preference counts.
+        kinds, of rows that have a wrong one; of multiple choice the preference counts. Rows of a kind count alike.
 
         Raises:
             TrainingError: one of the models has changed.
         """
-        if self._versions != [parameter._version for parameter in self._frozen()]:
+        if self._before != self._versions():
             raise TrainingError("a model that is not to be trained has changed: what is measured would be another one")
         fuser = _fuser(module)
         fuser.eval()
-        found: dict[str, list[float]] = {}
+        found: dict[str, list[tuple[float, int]]] = {}
+        guided: dict[str, list[tuple[float, int]]] = {}
         try:
             for batch, wrong in self.checks:
                 ways = {
@@ -161,14 +163,15 @@ class Fusing:
                     if batch.kind == "choices":
                         measured |= _chosen(batch, entropies)
                     for figure, value in measured.items():
-                        found.setdefault(f"{figure}{name}", []).append(value)
+                        for figures in (found,) if wrong is None else (found, guided):
+                            figures.setdefault(f"{figure}{name}", []).append((value, len(batch.receiver)))
         finally:
             fuser.train()
-        means = {name: sum(values) / len(values) for name, values in found.items()}
-        guides = [guide for guide in ("preference", *_IN_WORDS) if f"{guide} wrong" in means]
-        gains = [min(means[f"{guide} wrong"], means[f"{guide} zeroed"]) - means[guide] for guide in guides]
-        gain = {"gain": sum(gains) / len(gains)} if gains else {}
-        return {"gates open": float(fuser.is_open.float().mean()), **gain, **means}
+        among = _means(guided)
+        guides = [guide for guide in ("preference", *_IN_WORDS) if guide in among]
+        gains = [min(among[f"{guide} wrong"], among[f"{guide} zeroed"]) - among[guide] for guide in guides]
+        gain = {GAIN: sum(gains) / len(gains)} if gains else {}
+        return {"gates open": float(fuser.is_open.float().mean()), **gain, **_means(found)}
 
     def standardise(self, fuser: Fuser, batches: FusedBatches) -> None:
         """Take the channels' means and deviations from the first batches."""
@@ -204,8 +207,10 @@ class Fusing:
         labels = torch.tensor([token for answer in batch.answers for token in answer])
         return states, sent(labels, states.device)
 
-    def _frozen(self) -> list[nn.Parameter]:
-        return [parameter for lm in (self.sharer, self.receiver) for parameter in lm.model.parameters()]
+    def _versions(self) -> list[tuple[int, int]]:
+        """Of every parameter of both models where it lies and how often it was written."""
+        models = (self.sharer.model, self.receiver.model)
+        return [(one.data_ptr(), one._version) for model in models for one in model.parameters()]
 
     def _ours(self, batch: FusedBatch) -> tuple[KVCache, Tensor]:
         cache, _ = self.receiver.read_whole(batch.receiver)
@@ -307,10 +312,24 @@ def _kept(layer: LayerCache, batch: FusedBatch, plan: Plan) -> Tensor:
     return there & (positions != PADDING)
 
 
-def _told(batch: FusedBatch) -> Tensor:
-    """Weights of the answers' tokens, by which right answers count alike, ``[tokens]``."""
-    told, counts = sum(batch.right), map(len, batch.answers)
-    return torch.tensor([ok / (n * told) for n, ok in zip(counts, batch.right, strict=True) for _ in range(n)])
+def _means(figures: dict[str, list[tuple[float, int]]]) -> dict[str, float]:
+    """Means of values that stand for so many rows each."""
+    return {name: sum(value * n for value, n in listed) / sum(n for _, n in listed) for name, listed in figures.items()}
+
+
+def _told(batch: FusedBatch, compared: float = 1.0) -> Tensor:
+    """Weights of the answers' tokens, by which right answers count alike, ``[tokens]``.
+
+    Args:
+        batch: whose answers.
+        compared: weight of those that are compared with others.
+    """
+    told, asked = sum(batch.right), Counter(batch.prompts)
+    each = [
+        ok * (compared if asked[prompt] > 1 else 1.0) / (len(answer) * told)
+        for answer, ok, prompt in zip(batch.answers, batch.right, batch.prompts, strict=True)
+    ]
+    return torch.tensor([weight for weight, answer in zip(each, batch.answers, strict=True) for _ in answer])
 
 
 def _both(weights: Tensor, states: Tensor) -> Tensor:
@@ -344,10 +363,10 @@ def _preference(batch: FusedBatch, entropies: Tensor) -> tuple[float, Tensor]:
     token's cross-entropy, ``[tokens]``."""
     asked, pulls, total = _options(batch, entropies), [0.0] * len(batch.answers), 0.0
     for listed in asked:
-        logs = torch.tensor([-_SHARPNESS * one.entropy / one.characters for one in listed]).log_softmax(0)
+        logs = torch.tensor([-SHARPNESS * one.entropy / one.characters for one in listed]).log_softmax(0)
         for one, log in zip(listed, logs.tolist(), strict=True):
             total -= log * one.right / len(asked)
-            pulls[one.row] = _SHARPNESS / one.characters * (one.right - math.exp(log)) / len(asked)
+            pulls[one.row] = SHARPNESS / one.characters * (one.right - math.exp(log)) / len(asked)
     spread = [pull for pull, answer in zip(pulls, batch.answers, strict=True) for _ in answer]
     return total, torch.tensor(spread)
 

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch
 import xxhash
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
@@ -29,6 +30,8 @@ CHECKPOINT = "checkpoint.pt"
 LOG = "log.jsonl"
 GAIN = "gain"
 """What of a validation says how good the module is, where a run keeps the best; the higher the better."""
+STACKED = "stacked"
+"""Attribute of a parameter: it holds one matrix for each first index."""
 FASTER = "faster"
 """Attribute of a parameter: by how much its learning rate is above the others'."""
 
@@ -135,7 +138,8 @@ class Loop:
         self.module: nn.Module = self.accelerator.unwrap_model(self.wrapped)
         self._frozen = {name for name, value in self.module.named_parameters() if not value.requires_grad}
         processes = self.accelerator.num_processes
-        self.settings = json.loads(json.dumps({**settings, "processes": processes, "patience": patience}))
+        waits = {"patience": patience} if patience else {}
+        self.settings = json.loads(json.dumps({**settings, "processes": processes, **waits}))
         self.step, self.patience, self._best = 0, patience, _Best()
         self._resume()
 
@@ -154,7 +158,10 @@ class Loop:
         """
         steps = self.schedule.steps
         if self.step == 0:
-            self._note(report, 0, self.objective.measure(self.module))
+            measured = self.objective.measure(self.module)
+            if self.patience and GAIN not in measured:
+                raise TrainingError("patience needs a gain to wait for: give more texts, so that there are wrong ones")
+            self._note(report, 0, measured)
         started, first = time.perf_counter(), self.step
         for batch in self._loader():
             checks = (self.step + 1) % check_every == 0 or self.step + 1 == steps
@@ -167,11 +174,12 @@ class Loop:
                     self._note(report, self.step + 1, shown)
                 self.step += 1
                 if checks:
-                    with self.objective.during(self.module, self.step):
-                        measured = self.objective.measure(self.module)
+                    with self.objective.during(self.module, steps if self.patience else self.step):
+                        measured = self.objective.measure(self.module)  # what would be kept, as it would be
                     self._check(measured)
                     if self.patience:
-                        self._best.weigh(measured.get(GAIN, -math.inf), self._learned())
+                        gain = torch.tensor(measured[GAIN], device=self.accelerator.device)
+                        self._best.weigh(float(broadcast(gain)), self._learned())  # every process the same
                     self._save()
                     self._note(report, self.step, measured)
                 if self.patience and self._best.since >= self.patience:
@@ -179,7 +187,7 @@ class Loop:
             except CodecError as error:  # what is no number cannot be packed
                 raise self._lost() from error
         if self._best.module:
-            self.module.load_state_dict(self._best.module, strict=not self._frozen)
+            self._fill(self._best.module)
         return self.module
 
     def _loader(self) -> DataLoader[Any]:
@@ -241,6 +249,10 @@ class Loop:
         torch.save(state, partial)
         partial.replace(self.out / CHECKPOINT)
 
+    def _fill(self, learned: dict[str, Tensor]) -> None:
+        state = self.module.state_dict()
+        self.module.load_state_dict({**learned, **{name: state[name] for name in self._frozen}})
+
     def _learned(self) -> dict[str, Tensor]:
         return {name: value for name, value in self.module.state_dict().items() if name not in self._frozen}
 
@@ -249,16 +261,17 @@ class Loop:
         if not file.exists():
             return
         state = torch.load(file, map_location=self.accelerator.device, weights_only=True)
-        different = [key for key in self.settings if state["settings"].get(key) != self.settings[key]]
+        theirs = state["settings"]
+        different = [key for key in {**self.settings, **theirs} if theirs.get(key) != self.settings.get(key)]
         if different:
             raise TrainingError(
                 f"{self.out} holds a run with other settings ({', '.join(different)} differ): "
                 "give the same ones again or another folder"
             )
-        self.module.load_state_dict(state["module"], strict=not self._frozen)
+        self._fill(state["module"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        self.step, self._best = state["step"], _Best(**state["best"])
+        self.step, self._best = state["step"], _Best(**state.get("best", {}))
         log = self.out / LOG
         if log.exists() and self.accelerator.is_main_process:  # what came after the checkpoint is done again
             lines = [line for line in log.read_text("utf-8").splitlines() if json.loads(line)["step"] <= self.step]
@@ -322,7 +335,7 @@ def weights_of(folder: Path, settings: dict[str, Any], alike: Sequence[str]) -> 
 def _optimizers(module: nn.Module, schedule: Schedule) -> list[torch.optim.Optimizer]:
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     matrices = [parameter for parameter in trained if parameter.dim() == 2]
-    stacks = [parameter for parameter in trained if parameter.dim() == 3 and min(parameter.shape[1:]) > 1]
+    stacks = [parameter for parameter in trained if hasattr(parameter, STACKED) and min(parameter.shape[1:]) > 1]
     known = {id(parameter) for parameter in (*matrices, *stacks)}
     rest = [parameter for parameter in trained if id(parameter) not in known]
     options: dict[str, Any] = {"lr": schedule.rate, "weight_decay": schedule.decay}

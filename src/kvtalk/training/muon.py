@@ -32,7 +32,9 @@ class StackedMuon(torch.optim.Optimizer):
                 if stack.grad is None:
                     continue
                 state: dict[str, Any] = self.state[stack]
-                moving = state.setdefault("momentum", torch.zeros_like(stack))
+                if "momentum" not in state:
+                    state["momentum"] = torch.zeros_like(stack)
+                moving = state["momentum"]
                 moving.lerp_(stack.grad, 1 - group["momentum"])
                 change = orthogonal(stack.grad.lerp(moving, group["momentum"]))
                 stack.mul_(1 - group["lr"] * group["weight_decay"])
