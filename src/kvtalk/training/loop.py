@@ -327,7 +327,7 @@ def weights_of(folder: Path, settings: dict[str, Any], alike: Sequence[str]) -> 
     different = [key for key in alike if theirs.get(key) != json.loads(json.dumps(settings[key]))]
     if different:
         raise TrainingError(
-            f"the run in {folder} has another {', '.join(different)}: start from one of this pair and size"
+            f"the run in {folder} has another {', '.join(different)}: start from one with the same"
         )
     return Weights(module, str(xxhash.xxh3_64_hexdigest(file.read_bytes())))
 
