@@ -326,9 +326,7 @@ def weights_of(folder: Path, settings: dict[str, Any], alike: Sequence[str]) -> 
         raise TrainingError(f"{file} is damaged or not a run's checkpoint") from error
     different = [key for key in alike if theirs.get(key) != json.loads(json.dumps(settings[key]))]
     if different:
-        raise TrainingError(
-            f"the run in {folder} has another {', '.join(different)}: start from one with the same"
-        )
+        raise TrainingError(f"the run in {folder} has another {', '.join(different)}: start from one with the same")
     return Weights(module, str(xxhash.xxh3_64_hexdigest(file.read_bytes())))
 
 
