@@ -266,10 +266,14 @@ def test_mistakes_with_fusers_are_one_line(
 def test_mistakes_in_training_a_fuser_are_one_line(tiny_folder: Path, other_folder: Path, tmp_path: Path) -> None:
     texts, rows = tmp_path / "texts.jsonl", tmp_path / "rows.jsonl"
     texts.write_text("".join(json.dumps({"text": CONTEXT}) + "\n" for _ in range(20)), "utf-8")
-    rows.write_text("".join(json.dumps({"prompt": CONTEXT, "response": f"{n}"}) + "\n" for n in range(20)), "utf-8")
+    told = ({"prompt": f"{CONTEXT} {number}?", "response": f"{number}"} for number in range(20))
+    rows.write_text("".join(json.dumps(row) + "\n" for row in told), "utf-8")
+    words = tmp_path / "words.jsonl"
+    words.write_text("".join(json.dumps({"words": CONTEXT}) + "\n" for _ in range(20)), "utf-8")
     out = ("--out", tmp_path / "out", "--hidden", 64)
     start = ("train", "fuser", "-s", "/no/model", "-r", "/no/model", *out)
-    refused(in_process(*start, "--data", texts), "row 1 has text; a fuser learns answers: expected prompt, response")
+    refused(in_process(*start, "--data", words), "row 1 has words; a fuser learns answers: expected prompt, response")
+    refused(in_process(*start, "--data", texts), "no text is long enough", "give texts of 400 characters or more")
     refused(in_process(*start, "--data", tmp_path / "absent.jsonl"), "absent.jsonl")
     refused(in_process(*start, "--data", rows), "no model")
     start = ("train", "fuser", "-s", other_folder, "-r", tiny_folder, *out, "--data", rows)
