@@ -8,7 +8,7 @@ from __future__ import annotations
 import gzip
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from kvtalk.evaluation import timing
@@ -67,6 +67,7 @@ TABLES = (
     "worth",
     "fusing",
 )
+FUSED_ARMS = ("receiver", "sharer", "relay", "routing", "fused bf16", "wrong bf16", "zeroed bf16", "self bf16")
 CHOICE_TASKS = ("openbookqa", "arc_challenge", "arc_easy", "mmlu_redux", "ceval")
 
 
@@ -208,13 +209,9 @@ def lora() -> Iterator[str]:
         yield f"| {pair} | {len(scores[-1]):,} | {' | '.join(cells)} |"
 
 
-FUSED_ARMS = ("receiver", "sharer", "relay", "routing", "fused bf16", "wrong bf16", "zeroed bf16", "self bf16")
-
-
 def fused() -> Iterator[str]:
     """Fused caches: what the fuser makes of the sharer's, and of what else stands in its place."""
-    yield _fused_head("task, protocol")
-    yield "| --- " * (len(FUSED_ARMS) + 3) + "|"
+    yield from _fused_head("task, protocol", FUSED_ARMS)
     for protocol, metric in (("likelihood", "acc_norm"), ("letter", "acc")):
         for task in CHOICE_TASKS:
             folder = RESULTS / "fuser" / task / protocol / PAIRS[1]
@@ -225,14 +222,13 @@ def fused() -> Iterator[str]:
 
 def cut() -> Iterator[str]:
     """The same of runs that were cut off: of the questions that every arm had answered."""
-    yield _fused_head("task, likelihood")
-    yield "| --- " * (len(FUSED_ARMS) + 2) + "|"
+    names = [name for name in FUSED_ARMS if name != "routing"]
+    yield from _fused_head("task, likelihood", names)
     for file in sorted((RESULTS / "fuser" / "cut").glob("*.jsonl.gz")):
         found: dict[str, dict[str, float]] = {}
         with gzip.open(file, "rt", encoding="utf-8") as lines:
             for row in map(json.loads, lines):
                 found.setdefault(row["arm"], {})[row["id"]] = 100 * row["scores"]["acc_norm"]
-        names = [name for name in FUSED_ARMS if name != "routing"]
         asked = sorted(set.intersection(*(set(found[name]) for name in names)))
         scores = {name: [found[name][key] for key in asked] for name in names}
         cells = [figure("acc_norm", bootstrap(scores[name]).rounded()) for name in names]
@@ -268,9 +264,9 @@ def worth() -> Iterator[str]:
         yield f"| {row['kind']} | {row['rows']} | {' | '.join(cells)} | {mean:+.3f} [{low:+.3f}, {high:+.3f}] |"
 
 
-def _fused_head(first: str) -> str:
-    names = [name.removesuffix(" bf16") for name in FUSED_ARMS if first != "task, likelihood" or name != "routing"]
-    return f"| {first} | questions | {' | '.join(names)} | gain |"
+def _fused_head(first: str, names: Sequence[str]) -> Iterator[str]:
+    yield f"| {first} | questions | {' | '.join(name.removesuffix(' bf16') for name in names)} | gain |"
+    yield "| --- " * (len(names) + 3) + "|"
 
 
 def _fused_row(title: str, folder: Path, metric: str) -> str:
