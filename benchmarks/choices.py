@@ -1,17 +1,21 @@
 """Multiple-choice questions to train a fuser on, from data sets in other forms.
 
-``python benchmarks/choices.py DATA OUT.jsonl.gz`` reads ``instruct_flan_cot`` (its ECQA and QASC questions: options in
-the prompt, the right one named at the end of the response) and ``squad_v1_train`` (each question without its text; the
-other options are answers to other questions about the same text) from the folder DATA.
+    python benchmarks/choices.py DATA OUT.jsonl.gz
+    python benchmarks/choices.py DATA OUT.jsonl.gz --contexts [--squad squad_v1_test]
+
+reads ``instruct_flan_cot`` (its ECQA and QASC questions: options in the prompt, the right one named at the end of the
+response) and ``squad_v1_train`` (each question without its text; the other options are answers to other questions about
+the same text) from the folder DATA. With ``--contexts`` it makes SQuAD's questions alone, each with its text, which a
+sharer is to know and the receiver is not.
 """
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import json
 import random
 import re
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -41,25 +45,38 @@ def from_flan(data: Path) -> Iterator[dict[str, Any]]:
             yield {"question": question, "choices": [text for _, text in named], "answer": right[0]}
 
 
-def from_squad(data: Path) -> Iterator[dict[str, Any]]:
-    """Questions whose text is left out."""
+def alike(text: str, answers: set[str]) -> bool:
+    """Whether an option is, holds or lies in one of the answers."""
+    return any(text.lower() in answer or answer in text.lower() for answer in answers)
+
+
+def from_squad(file: Path, contexts: bool) -> Iterator[dict[str, Any]]:
+    """Questions with their texts or without."""
     asked: dict[str, list[dict[str, Any]]] = {}
-    for row in rows(data / "squad_v1_train.jsonl.gz"):
+    for row in rows(file):
         asked.setdefault(row["context"], []).append(row)
     rng = random.Random(0)
     for listed in asked.values():
         for row in listed:
             own = {answer.lower() for answer in row["answers"]}
-            others = {other["answers"][0] for other in listed if other["answers"][0].lower() not in own}
+            others = {text for other in listed if not alike(text := other["answers"][0], own)}
             if len(others) >= OPTIONS - 1:
                 choices = [*rng.sample(sorted(others), OPTIONS - 1), row["answers"][0]]
                 rng.shuffle(choices)
-                yield {"question": row["question"], "choices": choices, "answer": choices.index(row["answers"][0])}
+                known = {"context": row["context"]} if contexts else {}
+                right = choices.index(row["answers"][0])
+                yield {**known, "question": row["question"], "choices": choices, "answer": right}
 
 
 if __name__ == "__main__":
-    folder, out = map(Path, sys.argv[1:])
-    made = [*from_flan(folder), *from_squad(folder)]
-    with gzip.open(out, "wt", encoding="utf-8") as file:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--contexts", action="store_true")
+    parser.add_argument("--squad", default="squad_v1_train")
+    args = parser.parse_args()
+    squad = from_squad(args.data / f"{args.squad}.jsonl.gz", args.contexts)
+    made = [*squad] if args.contexts else [*from_flan(args.data), *squad]
+    with gzip.open(args.out, "wt", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in made)
     print(f"{len(made):,} questions")

@@ -417,6 +417,20 @@ def test_mistakes_in_an_evaluation_are_found_before_a_model_is_loaded(tmp_path: 
     assert not (tmp_path / "run").exists()
 
 
+def test_a_lora_learns_what_a_fuser_learns(tiny_folder: Path, tmp_path: Path) -> None:
+    data, out = tmp_path / "rows.jsonl", tmp_path / "lora"
+    rows = [{"question": f"Which is number {n}?", "choices": ["red", "a long blue"], "answer": n % 2} for n in range(9)]
+    rows += [{"prompt": f"Say {n}.", "response": f"It is {n}."} for n in range(9)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sizes = ("--steps", 10, "--rows", 4, "--rank", 2, "--check-every", 10, "--checks", 4)
+    made = in_process("train", "lora", "--as-fuser", "--receiver", tiny_folder, "--data", data, "--out", out, *sizes)
+    assert made.returncode == 0, made.stderr
+    measured = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    figures = next(row for row in measured if row["step"] == 10 and "total" not in row)
+    assert figures.keys() >= {"choices", "accuracy", "preference", "instructions"}
+    assert "--arms receiver" in made.stdout
+
+
 def test_a_trained_lora_is_a_model_of_its_own(tiny_folder: Path, tmp_path: Path) -> None:
     texts, out = tmp_path / "texts.jsonl", tmp_path / "lora"
     rows = [{"context": f"{CONTEXT} Number {n}.", "question": "Who?", "answers": ["Berthe"]} for n in range(300)]

@@ -122,6 +122,25 @@ def test_rows_of_each_form_are_read(models: tuple[LM, LM], tmp_path: Path) -> No
     assert from_files.digest == Exchanges.of([*rows(), TOLD]).digest != loaded.digest
 
 
+def test_of_choices_with_a_context_only_the_sharer_reads_it(models: tuple[LM, LM]) -> None:
+    rows = [{**CHOICE, "question": f"{CHOICE['question']} {n}?", "context": f"Text {n}."} for n in range(16)]
+    loaded = Exchanges.of(rows)
+    assert list(loaded.rows) == ["known"]
+    made = batches(models, Mixture(letters=1))
+    asked = [made.exchange(row, random.Random(0)) for row in loaded.rows["known"][:2]]
+    first = loaded.rows["known"][0]
+    assert asked[0].receiver == Prompt("", f"Question: {first.question}\nAnswer:")
+    assert asked[0].sharer == replace(asked[0].receiver, before=f"{first.context}\n")
+    assert (asked[0].answers, asked[0].right) == ((" oxygen", " carbon dioxide"), 1)
+    batch = made.of(asked, "known")
+    wrong = made.wrong(asked, batch)
+    assert wrong is not None
+    assert wrong.receiver == batch.receiver
+    moved = [replace(one.sharer, before=other.sharer.before) for one, other in zip(asked, asked[::-1], strict=True)]
+    exchanged = [replace(one, sharer=prompt) for one, prompt in zip(asked, moved, strict=True)]
+    assert wrong.sharer == made.of(exchanged, "known").sharer != batch.sharer
+
+
 def test_both_models_read_the_same_and_only_the_sharer_the_context(models: tuple[LM, LM]) -> None:
     question = Question(ASKED["context"], ASKED["question"], ("Harlow",))
     asked = batches(models).exchange(question, random.Random(0))

@@ -132,8 +132,9 @@ def fuser(
             "--data",
             "-d",
             help="What to learn: .jsonl, also .gz, or a hub data set; rows with prompt and response; with question, "
-            "choices and answer (index of the right one); with context, question and answers, where only the sharer "
-            "reads the context; or with text, of which only the sharer reads the beginning. Repeat for several.",
+            "choices and answer (index of the right one); with context, question and answers (or choices and answer), "
+            "where only the sharer reads the context; or with text, of which only the sharer reads the beginning. "
+            "Repeat for several.",
         ),
     ],
     out_folder: Annotated[Path, typer.Option("--out", "-o", help="Folder for checkpoints, log and the fuser.")],
@@ -236,30 +237,46 @@ def lora(
     rate: Annotated[float, typer.Option(help="Learning rate at its peak.")] = 5e-4,
     questions: Annotated[float, typer.Option(min=0, max=1, help="Share of steps that ask questions.")] = 0.5,
     longest: Annotated[int, typer.Option(min=200, help="Characters of the longest plain contexts.")] = 4000,
+    as_fuser: Annotated[
+        bool,
+        typer.Option(
+            "--as-fuser",
+            help="Learn what kvtalk train fuser learns, from the same rows, without a sharer: the baseline beside a "
+            "fuser; --rows then says how large a step is.",
+        ),
+    ] = False,
+    rows: Annotated[int, typer.Option(min=4, help="Prompts in a step, with --as-fuser.")] = 96,
     check_every: Annotated[int, typer.Option(min=1, help="Steps between validations and checkpoints.")] = 250,
+    checks: Annotated[int, typer.Option(min=4, help="Kept-back rows of each kind to validate on, so too.")] = 64,
     seed: Annotated[int, typer.Option(help="Of everything drawn.")] = 0,
 ) -> None:
-    """Train a LoRA of the receiver on the same texts: the baseline beside a trained adapter.
+    """Train a LoRA of the receiver on the same data: the baseline beside a trained adapter.
 
     Use it as a model of its own: --receiver 'NAME+FOLDER'.
     """
     from kvtalk.models import LM
     from kvtalk.training.batches import Recipe
+    from kvtalk.training.exchanges import Exchanges, Mixture
     from kvtalk.training.loop import Schedule
-    from kvtalk.training.lora import training
+    from kvtalk.training.lora import answering, training
     from kvtalk.training.texts import Texts
 
-    texts = Texts.load(data)
+    read = Exchanges.load(data) if as_fuser else Texts.load(data)
     with out.status("loading ..."):
         lm = LM.load(receiver, device=_device())
     schedule = Schedule(steps=steps, rate=rate, optimizer="adamw")
-    recipe = Recipe(schedule, regression=0.0, tokens=tokens, questions=questions, longest=longest, seed=seed)
-    run = training(lm, texts, rank, recipe, out_folder)
+    if isinstance(read, Exchanges):
+        run = answering(lm, read, rank, schedule, out_folder, Mixture(rows=rows), checks, seed)
+    else:
+        recipe = Recipe(schedule, regression=0.0, tokens=tokens, questions=questions, longest=longest, seed=seed)
+        run = training(lm, read, rank, recipe, out_folder)
     trained = _go(run, steps, check_every)
     if not run.accelerator.is_main_process:
         return
     trained.save_pretrained(out_folder)
-    out.print(f"next: kvtalk eval --task squad --receiver '{receiver}+{out_folder}' --arms text ...", highlight=False)
+    how = "--task arc_easy" if as_fuser else "--task squad"
+    arms = "receiver" if as_fuser else "text"
+    out.print(f"next: kvtalk eval {how} --receiver '{receiver}+{out_folder}' --arms {arms} ...", highlight=False)
 
 
 def _loaded(sharer: str, receiver: str) -> tuple[LM, LM]:

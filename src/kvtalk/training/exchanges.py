@@ -23,7 +23,8 @@ from kvtalk.training.texts import Question, question_in, rows_of
 
 _LEAST_ROWS = 16
 _USAGE = (
-    "prompt, response; or question, choices, answer (index of the right one); or context, question, answers; or text"
+    "prompt, response; or question, choices, answer (index of the right one), maybe context; or context, question, "
+    "answers; or text"
 )
 _RESPONSE = 240
 """Characters of a response that are learned at most."""
@@ -41,11 +42,12 @@ _LONGEST = 3000
 
 @dataclass(frozen=True)
 class Multiple:
-    """A multiple-choice question."""
+    """A multiple-choice question; a context, where it has one, is for the sharer alone."""
 
     question: str
     choices: tuple[str, ...]
     answer: int
+    context: str = ""
 
 
 @dataclass(frozen=True)
@@ -101,8 +103,8 @@ class FusedBatch:
         answers: the answers.
         lengths: their characters.
         right: whether each is the one that should be written.
-        kind: of all prompts: ``choices``, ``oracle`` (the sharer knows a context), ``running`` (the same, to be gone on
-            with) or ``instructions``.
+        kind: of all prompts: ``choices``, ``known`` (choices of which the sharer knows a context), ``oracle`` (the same
+            without choices), ``running`` (the same, to be gone on with) or ``instructions``.
     """
 
     sharer: list[list[int]]
@@ -146,11 +148,10 @@ class Exchanges:
         """
         if len(rows) < _LEAST_ROWS:
             raise TrainingError(f"{len(rows)} rows are too few to train on: give at least {_LEAST_ROWS}")
-        kinds = {Multiple: "choices", Question: "oracle", Instruction: "instructions", Running: "running"}
-        found: dict[str, list[Any]] = {kind: [] for kind in kinds.values()}
+        found: dict[str, list[Any]] = {kind: [] for kind in ("choices", "known", *_KINDS.values())}
         for number, row in enumerate(rows, 1):
             for read in _read(row, number):
-                found[kinds[type(read)]].append(read)
+                found[_kind(read)].append(read)
         for listed in found.values():
             random.Random(0).shuffle(listed)
         if not any(found.values()):
@@ -203,6 +204,7 @@ class Mixture:
     tokens: int = 32_768
     shares: tuple[tuple[str, float], ...] = (
         ("choices", 0.6),
+        ("known", 0.1),
         ("oracle", 0.1),
         ("running", 0.1),
         ("instructions", 0.2),
@@ -239,6 +241,8 @@ class FusedBatches(Dataset[FusedBatch]):
 
     def exchange(self, row: Row, rng: random.Random) -> Exchange:
         """A row as both models read it; of multiple choice in words, with all options."""
+        if isinstance(row, Multiple) and row.context:
+            return _options_of(row, _asked(row))
         if isinstance(row, Multiple) and rng.random() < self.mixture.letters:
             shuffled = rng.sample(range(len(row.choices)), len(row.choices))
             right, choices = shuffled.index(row.answer), tuple(row.choices[index] for index in shuffled)
@@ -314,12 +318,16 @@ class FusedBatches(Dataset[FusedBatch]):
             while left:
                 some = self._within(left)
                 batch = self.of(some, kind)
-                other = self.elsewhere(some, batch) if kind in ("oracle", "running") else wrong_of(batch)
-                found.append((batch, other))
+                found.append((batch, self.wrong(some, batch)))
                 left = left[len(some) :]
         return found
 
-    def elsewhere(self, exchanges: Sequence[Exchange], batch: FusedBatch) -> FusedBatch | None:
+    def wrong(self, exchanges: Sequence[Exchange], batch: FusedBatch) -> FusedBatch | None:
+        """A batch with wrong sharer caches: where the sharer knows a context, of the same questions after another one,
+        else of other questions; None where there is no other."""
+        return wrong_of(batch) if batch.kind in ("choices", "instructions") else self._elsewhere(exchanges, batch)
+
+    def _elsewhere(self, exchanges: Sequence[Exchange], batch: FusedBatch) -> FusedBatch | None:
         """The same questions with the sharer's words before them, its context among these, from another row."""
         befores = list(dict.fromkeys(exchange.sharer.before for exchange in exchanges))
         if len(befores) == 1 or len(batch.sharer) < len(exchanges):
@@ -390,11 +398,23 @@ def wrong_of(batch: FusedBatch) -> FusedBatch | None:
     )
 
 
+_KINDS = {Question: "oracle", Running: "running", Instruction: "instructions"}
+
+
+def _kind(row: Row) -> str:
+    """See :class:`FusedBatch`."""
+    if isinstance(row, Multiple):
+        return "known" if row.context else "choices"
+    return _KINDS[type(row)]
+
+
 def _text(row: Row) -> str:
     """By which rows belong together."""
     if isinstance(row, Running):
         return row.text
-    return row.context if isinstance(row, Question) else row.prompt if isinstance(row, Instruction) else row.question
+    if isinstance(row, Instruction):
+        return row.prompt
+    return row.context or row.question
 
 
 def _asked(row: Multiple) -> str:
@@ -404,14 +424,15 @@ def _asked(row: Multiple) -> str:
 
 def _texts(row: Row) -> set[str]:
     """What must not be in both parts: a context, a question, and a prompt without its options."""
-    if isinstance(row, Question):
-        return {row.context, row.question}
-    return {_text(row).partition(_OPTIONS)[0].strip()}
+    words = row.question if isinstance(row, (Question, Multiple)) else _text(row)
+    context = row.context if isinstance(row, (Question, Multiple)) else ""
+    return {words.partition(_OPTIONS)[0].strip(), context} - {""}
 
 
 def _options_of(row: Multiple, text: str) -> Exchange:
     """A question with its options."""
-    return Exchange(Prompt("", text), Prompt("", text), tuple(f" {choice}" for choice in row.choices), right=row.answer)
+    theirs = Prompt(f"{row.context}\n" if row.context else "", text)
+    return Exchange(theirs, Prompt("", text), tuple(f" {choice}" for choice in row.choices), right=row.answer)
 
 
 def _continued(text: str, rng: random.Random) -> Exchange:
@@ -468,7 +489,10 @@ def _read(row: dict[str, Any], number: int) -> list[Row]:
             raise TrainingError(f"row {number}: one choice alone leaves nothing to choose")
         if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
             raise TrainingError(f"row {number}: answer must be the index of the right one of the choices, from 0")
-        return [Multiple(question, tuple(choices), answer)]
+        context = row.get("context", "")
+        if not isinstance(context, str):
+            raise TrainingError(f"row {number}: context must be a text")
+        return [Multiple(question, tuple(choices), answer, context.strip())]
     if row.keys() >= {"prompt", "response"}:
         texts = [row["prompt"], row["response"]]
         if all(map(_worded, texts)):

@@ -46,6 +46,8 @@ _COLDEST = 1e-3
 
 _IN_WORDS = "oracle", "running", "instructions"
 """Kinds of rows whose answers are not compared with others."""
+_COMPARED = {"choices": "", "known": "known "}
+"""The other kinds, and how their figures' names begin."""
 
 SHARPNESS = 8.0
 """Options are compared by this times their log-likelihood a character."""
@@ -102,21 +104,8 @@ class Fusing:
         self.slots = tuple(range(geometry.slots))
 
     def losses(self, module: nn.Module, batch: FusedBatch, step: int) -> dict[str, Tensor]:
-        """Cross-entropy of the answers, nats a token, every row alike; where options are compared, that of the right
-        one among them, and a little of its words'."""
-        states, labels = self._states(module, batch)
-        unembedding, compared = self.receiver.unembedding, len(batch.receiver) < len(batch.answers)
-        weights = _told(batch, _WORDS)
-        if compared:
-            with torch.no_grad():
-                nothing = torch.zeros(2, len(labels), device=labels.device)
-                _, _, entropies = token_losses(unembedding, states.detach(), None, labels, nothing)
-            preferred, pulls = _preference(batch, entropies)
-            weights = weights + pulls
-        total, _, _ = token_losses(unembedding, states, None, labels, _both(weights, states))
-        if compared:  # what it weighs the tokens by is of this step; what it is worth is the loss
-            words = total.detach() - (pulls.to(labels.device) * entropies).sum()
-            total = total + (preferred + words - total).detach()
+        """See :func:`answers_loss`."""
+        total = answers_loss(self.receiver, *self._states(module, batch), batch)
         return {"total": total, batch.kind: total.detach()}
 
     @contextmanager
@@ -132,7 +121,8 @@ class Fusing:
     @torch.no_grad()
     def measure(self, module: nn.Module) -> dict[str, float]:
         """Answers' loss on kept-back rows with the right sharer cache, wrong, zeroed and none; for multiple choice the
-        share of right answers, by likelihood a character, and how surely the right one is chosen, nats.
+        share of right answers, by likelihood a character, and how surely the right one is chosen, nats; where only the
+        sharer knows the context, their names begin with ``known``.
 
         Wrong is another question's; where only the sharer reads a context, the same question's with another context.
         ``gain`` is by how much the right cache's losses are below the lower one of wrong and zeroed, nats, mean of the
@@ -159,19 +149,17 @@ class Fusing:
                     if lent is None:
                         continue
                     total, entropies = self.answered(used, lent, zeroed=name == " zeroed")
-                    measured = {batch.kind: float(total)}
-                    if batch.kind == "choices":
-                        measured |= _chosen(batch, entropies)
-                    for figure, value in measured.items():
+                    for figure, value in figures_of(batch, total, entropies).items():
                         for figures in (found,) if wrong is None else (found, guided):
                             figures.setdefault(f"{figure}{name}", []).append((value, len(batch.receiver)))
         finally:
             fuser.train()
-        among = _means(guided)
-        guides = [guide for guide in ("preference", *_IN_WORDS) if guide in among]
+        among = means_of(guided)
+        preferences = (f"{begin}preference" for begin in _COMPARED.values())
+        guides = [guide for guide in (*preferences, *_IN_WORDS) if guide in among]
         gains = [min(among[f"{guide} wrong"], among[f"{guide} zeroed"]) - among[guide] for guide in guides]
         gain = {GAIN: sum(gains) / len(gains)} if gains else {}
-        return {"gates open": float(fuser.is_open.float().mean()), **gain, **_means(found)}
+        return {"gates open": float(fuser.is_open.float().mean()), **gain, **means_of(found)}
 
     def standardise(self, fuser: Fuser, batches: FusedBatches) -> None:
         """Take the channels' means and deviations from the first batches."""
@@ -185,9 +173,7 @@ class Fusing:
 
     def answered(self, module: nn.Module | None, batch: FusedBatch, *, zeroed: bool = False) -> tuple[Tensor, Tensor]:
         """Mean cross-entropy of right answers with all rows alike, and that of every answer's token."""
-        states, labels = self._states(module, batch, zeroed=zeroed)
-        total, _, entropies = token_losses(self.receiver.unembedding, states, None, labels, _both(_told(batch), states))
-        return total, entropies
+        return answers_of(self.receiver, *self._states(module, batch, zeroed=zeroed), batch)
 
     def _states(self, module: nn.Module | None, batch: FusedBatch, *, zeroed: bool = False) -> tuple[Tensor, Tensor]:
         """The receiver's hidden states before every answer's token, ``[tokens, hidden]``, and these tokens."""
@@ -231,6 +217,45 @@ class Fusing:
             missing = sent(missing, self.receiver.device)
             layers = {index: _packed(layer, kept[index], self.plan) for index, layer in layers.items()}
         return torch.stack([taken(layers[index], kind, pairs.rows, columns) for index, kind in slots]), missing
+
+
+def answers_loss(lm: LM, states: Tensor, labels: Tensor, batch: FusedBatch) -> Tensor:
+    """Cross-entropy of the answers, nats a token, every row alike; where options are compared, that of the right one
+    among them, and a little of its words'.
+
+    Args:
+        lm: the model that answers.
+        states: its hidden states before every answer's token, ``[tokens, hidden]``.
+        labels: these tokens.
+        batch: what was asked.
+    """
+    unembedding, compared = lm.unembedding, len(batch.receiver) < len(batch.answers)
+    weights = _told(batch, _WORDS)
+    if compared:
+        with torch.no_grad():
+            nothing = torch.zeros(2, len(labels), device=labels.device)
+            _, _, entropies = token_losses(unembedding, states.detach(), None, labels, nothing)
+        preferred, pulls = _preference(batch, entropies)
+        weights = weights + pulls
+    total, _, _ = token_losses(unembedding, states, None, labels, _both(weights, states))
+    if compared:  # what it weighs the tokens by is of this step; what it is worth is the loss
+        words = total.detach() - (pulls.to(labels.device) * entropies).sum()
+        total = total + (preferred + words - total).detach()
+    return total
+
+
+def answers_of(lm: LM, states: Tensor, labels: Tensor, batch: FusedBatch) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy of right answers with all rows alike, and that of every answer's token; see
+    :func:`answers_loss`."""
+    total, _, entropies = token_losses(lm.unembedding, states, None, labels, _both(_told(batch), states))
+    return total, entropies
+
+
+def figures_of(batch: FusedBatch, total: Tensor, entropies: Tensor) -> dict[str, float]:
+    """What a validation writes down of a batch: its loss by the kind of its rows, and where options are compared the
+    share of right answers (``accuracy``) and how surely the right one is chosen (``preference``)."""
+    chosen = _chosen(batch, entropies, _COMPARED[batch.kind]) if batch.kind in _COMPARED else {}
+    return {batch.kind: float(total), **chosen}
 
 
 def training(
@@ -312,7 +337,7 @@ def _kept(layer: LayerCache, batch: FusedBatch, plan: Plan) -> Tensor:
     return there & (positions != PADDING)
 
 
-def _means(figures: dict[str, list[tuple[float, int]]]) -> dict[str, float]:
+def means_of(figures: dict[str, list[tuple[float, int]]]) -> dict[str, float]:
     """Means of values that stand for so many rows each."""
     return {name: sum(value * n for value, n in listed) / sum(n for _, n in listed) for name, listed in figures.items()}
 
@@ -371,9 +396,10 @@ def _preference(batch: FusedBatch, entropies: Tensor) -> tuple[float, Tensor]:
     return total, torch.tensor(spread)
 
 
-def _chosen(batch: FusedBatch, entropies: Tensor) -> dict[str, float]:
+def _chosen(batch: FusedBatch, entropies: Tensor, begin: str = "") -> dict[str, float]:
     """``accuracy``: share of the questions whose right answer is the most likely one, by likelihood a character.
-    ``preference``: see :func:`_preference`."""
+    ``preference``: see :func:`_preference`. The names begin as given."""
     asked = _options(batch, entropies)
     best = [min(listed, key=lambda one: one.entropy / one.characters) for listed in asked]
-    return {"accuracy": sum(one.right for one in best) / len(best), "preference": _preference(batch, entropies)[0]}
+    accuracy = sum(one.right for one in best) / len(best)
+    return {f"{begin}accuracy": accuracy, f"{begin}preference": _preference(batch, entropies)[0]}
