@@ -350,6 +350,18 @@ def test_some_texts_are_as_in_corpora_that_were_tokenized(models, texts):
     assert 0 < sum(" ;" in row for row in read) < len(read) / 2
 
 
+def test_some_steps_read_the_context_again(models, texts):
+    plain = Recipe(Schedule(20), regression=0.2, questions=0, tokens=512, longest=400)
+    quoting = Batches(texts, *models, dataclasses.replace(plain, quotes=1.0), 64)
+    tokenizer = models[1].tokenizer
+    for step in range(4):  # those that only regress
+        assert quoting[step, 0].tails == Batches(texts, *models, plain, 64)[step, 0].tails
+    for step in range(4, 8):
+        batch = quoting[step, 0]
+        for context, tail in zip(batch.receiver, batch.tails, strict=True):
+            assert tokenizer.decode(tail) == f"\n\n{tokenizer.decode(context)}"
+
+
 def test_texts_that_cannot_be_used_are_refused(tmp_path):
     file = tmp_path / "a.jsonl"
     file.write_text(json.dumps({"words": "x"}))

@@ -6,7 +6,7 @@ import math
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -29,6 +29,8 @@ class Recipe:
         regression: share of the steps that only regress keys and values.
         tokens: of contexts in a step, about.
         questions: share of the later steps that ask questions.
+        quotes: share of the other later steps in which the receiver reads the context a second time, as text: where it
+            goes on as the text does, every word must have come through the latents.
         regression_weight: of the regression in later steps.
         shortest, longest: characters of plain contexts, drawn evenly on a log scale.
         codecs: with which latents are packed; drawn by chance, ``bf16`` stands for none.
@@ -43,6 +45,7 @@ class Recipe:
     regression: float = 0.1
     tokens: int = 20_480
     questions: float = 0.5
+    quotes: float = 0.0
     regression_weight: float = 0.3
     shortest: int = 40
     longest: int = 4000
@@ -68,6 +71,8 @@ _PUNCTUATION = re.compile(r" ?([.,;:!?()\"])(?!@) ?")
 
 _CONTINUATION = 280
 """Characters that follow a plain context."""
+_QUOTED = 1500
+"""Characters of a context that is read again at most."""
 
 
 @dataclass(frozen=True)
@@ -143,11 +148,17 @@ class Batches(Dataset[Batch]):
             asked = rng.sample(asked, min(rows, max(4, 4 * recipe.tokens // max(1, longest))))
             return self.of(self._questions(rng, asked, others), self.receiver_head, width, noise)
         context = int(math.exp(rng.uniform(math.log(recipe.shortest), math.log(recipe.longest))))
-        rows = min(_MOST_ROWS if regressing else _MOST_ROWS // 4, max(4, recipe.tokens * 4 // context))
+        quotes = bool(recipe.quotes) and not regressing and rng.random() < recipe.quotes
+        if quotes:
+            context = min(context, _QUOTED)
+        rows = min(_MOST_ROWS if regressing else _MOST_ROWS // 4, max(4, recipe.tokens * 4 // (context * (1 + quotes))))
         head = self.bare_head if rng.random() < 0.7 else self.receiver_head
         places = [rng.random() for _ in range(rows)]
         spaced = rng.random() < _SPACED
-        return self.of(self._passages(places, context, spaced), head, width, noise)
+        examples = self._passages(places, context, spaced)
+        if quotes:
+            examples = [replace(example, tail=f"\n\n{example.context}") for example in examples]
+        return self.of(examples, head, width, noise)
 
     def checks(self, rows: int) -> list[Batch]:
         """Plain text and questions, always the same, for validation; no two rows have the same context."""

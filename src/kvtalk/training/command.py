@@ -43,6 +43,9 @@ def translator(
     rate: Annotated[float, typer.Option(help="Learning rate at its peak.")] = 2e-3,
     optimizer: Annotated[str, typer.Option(help="muon or adamw.")] = "muon",
     questions: Annotated[float, typer.Option(min=0, max=1, help="Share of later steps that ask questions.")] = 0.5,
+    quotes: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the other later steps that read the context again, as text.")
+    ] = 0.0,
     regression: Annotated[float, typer.Option(min=0, max=1, help="Share of steps that only regress.")] = 0.1,
     longest: Annotated[int, typer.Option(min=200, help="Characters of the longest plain contexts.")] = 4000,
     width: Annotated[int, typer.Option(min=64, help="Channels of the adapter, a multiple of 64.")] = 576,
@@ -104,6 +107,7 @@ def translator(
         schedule=Schedule(steps=steps, rate=rate, optimizer=optimizer),
         tokens=tokens,
         questions=questions,
+        quotes=quotes,
         longest=longest,
         regression=regression,
         widths=tuple(size for size in Recipe.widths if size < latent),

@@ -1,0 +1,95 @@
+"""Questions about running text to train on, without anybody to ask them: a name or a number of a sentence is left out.
+
+    python benchmarks/cloze.py general.jsonl.gz cloze.jsonl.gz --questions 20000
+
+Rows have ``context``, ``question``, ``answers``. A context is a passage of the text, the question one of its sentences
+with a gap, or with *What* in the place of how it begins; the answer stands nowhere else in that sentence. They teach to
+keep which name or number stood where, for which texts with human questions are too few.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import random
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+SENTENCE = re.compile(r"(?<=[.!?]) +(?=[A-Z\"'])")
+NAME = re.compile(r"(?<![.!?\"'] )(?<!^)\b[A-Z][\w'-]+(?: (?:of |the |de |van )?[A-Z][\w'-]+)*")
+NUMBER = re.compile(r"\b\d[\d,.:]*\d\b|\b\d+\b")
+BEGINNING = re.compile(
+    r"^(?:The |A |An )?[A-Z][\w'-]+(?: [A-Z][\w'-]+)+(?= (?:is|was|are|were|has|had|can|will|came|made)\b)"
+)
+ASKED = (
+    'What is missing here: "{}"?',
+    'Which word or number fills the gap in "{}"?',
+    'Complete what the text says: "{}"',
+    'In the text, what stands for ____ in: "{}"',
+)
+LEAST, MOST = 40, 220
+"""Characters of a sentence."""
+CONTEXT = 300, 1200
+"""Characters of a context, from, to."""
+
+
+def passages(text: str, rng: random.Random) -> Iterator[list[str]]:
+    """Sentences of passages, one after the other."""
+    for paragraph in re.split(r"\n{2,}", text):
+        some: list[str] = []
+        wanted = rng.randint(*CONTEXT)
+        for sentence in SENTENCE.split(" ".join(paragraph.split())):
+            some.append(sentence)
+            if sum(map(len, some)) >= wanted:
+                yield some
+                some, wanted = [], rng.randint(*CONTEXT)
+        if sum(map(len, some)) >= CONTEXT[0]:
+            yield some
+
+
+def asked(sentences: list[str], rng: random.Random) -> dict[str, Any] | None:
+    """A question about one of them."""
+    usable = [sentence for sentence in sentences if LEAST <= len(sentence) <= MOST]
+    if not usable:
+        return None
+    sentence, context = rng.choice(usable), " ".join(sentences)
+    begins = BEGINNING.match(sentence)
+    if begins and rng.random() < 0.5:
+        return {"context": context, "question": f"What{sentence[begins.end() :].rstrip('.!')}?", "answers": [begins[0]]}
+    found = [*NAME.finditer(sentence), *NUMBER.finditer(sentence)]
+    gaps = [gap for gap in found if 2 <= len(gap[0]) <= 40 and sentence.count(gap[0]) == 1]
+    if not gaps:
+        return None
+    gap = rng.choice(gaps)
+    question = rng.choice(ASKED).format(f"{sentence[: gap.start()]}____{sentence[gap.end() :]}")
+    return {"context": context, "question": question, "answers": [gap[0]]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("texts", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--questions", type=int, default=20_000)
+    args = parser.parse_args()
+    rng = random.Random(0)
+    with gzip.open(args.texts, "rt", encoding="utf-8") as file:
+        texts = [json.loads(line)["text"] for line in file]
+    every = [some for text in texts for some in passages(text, rng)]
+    rng.shuffle(every)
+    made: list[dict[str, Any]] = []
+    for sentences in every:
+        row = asked(sentences, rng)
+        if row is not None:
+            made.append(row)
+        if len(made) == args.questions:
+            break
+    with gzip.open(args.out, "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in made)
+    print(f"{len(made):,} questions from {len(every):,} passages")
+
+
+if __name__ == "__main__":
+    main()
