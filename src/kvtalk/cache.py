@@ -32,11 +32,14 @@ class LayerCache:
         keys: ``[batch, kv_heads, tokens, head_dim]``.
         values: the same shape.
         positions: ``[batch, tokens]`` int64, the index of each token in its own sequence; −1 for padding.
+        scores: ``[batch, tokens]``, what a fuser's predictor foretells of each token, for token policies that choose by
+            it; None otherwise, and in what is taken of a layer but for whole rows.
     """
 
     keys: Tensor
     values: Tensor
     positions: Tensor
+    scores: Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -89,7 +92,8 @@ class LayerCache:
         """The given sequences."""
         which = torch.tensor(rows)
         there = which.to(self.keys.device)
-        return LayerCache(self.keys[there], self.values[there], self.positions[which])
+        scores = None if self.scores is None else self.scores[there]
+        return LayerCache(self.keys[there], self.values[there], self.positions[which], scores)
 
     def span(self, start: int, stop: int) -> LayerCache:
         """Columns ``start`` to ``stop`` without copying."""

@@ -98,7 +98,8 @@ class FusedSharer:
 
         def pack(part: KVCache, same: Plan, rows: Sequence[int]) -> list[memoryview]:
             which = [plans[row] for row in rows]
-            return wire.encode_rows(part, which, self.side.spec, texts=[texts[row] for row in rows])
+            scored = self.side.scored(part, same)
+            return wire.encode_rows(scored, which, self.side.spec, texts=[texts[row] for row in rows])
 
         return pack_rows(cache, plans, pack)
 

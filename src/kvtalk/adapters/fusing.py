@@ -18,7 +18,8 @@ from transformers import PreTrainedTokenizerBase
 
 from kvtalk.adapters.fuser import Fuser, FuserGeometry
 from kvtalk.adapters.halves import beside, tokenizer_of
-from kvtalk.adapters.store import Card, load_fuser, open_slots, read_card
+from kvtalk.adapters.predictor import Predictor
+from kvtalk.adapters.store import Card, load_fuser, load_predictor, open_slots, read_card
 from kvtalk.alignment.tokens import NONE, Tokenized, align, tokenize
 from kvtalk.cache import PADDING, KVCache, LayerCache, Prefix
 from kvtalk.codecs import NOTHING
@@ -30,6 +31,7 @@ from kvtalk.placement import PlacedCache, PlacedLayer, place
 from kvtalk.planning import Plan
 from kvtalk.prompts import PromptFormat, has_chat_template, render
 from kvtalk.rope import rotate_layers
+from kvtalk.selection.tokens import FORETOLD
 from kvtalk.spec import LayerSpec, ModelSpec, tokenizer_digest
 
 _SLOTS_ON_CPU = 4
@@ -196,7 +198,14 @@ class SharerSide:
         lm: the sharer.
     """
 
-    def __init__(self, card: Card, slots: Sequence[int], lm: LM, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self,
+        card: Card,
+        slots: Sequence[int],
+        lm: LM,
+        tokenizer: PreTrainedTokenizerBase,
+        predictor: Predictor | None = None,
+    ) -> None:
         """Put a fuser's knowledge of what it reads beside the sharer.
 
         Args:
@@ -204,6 +213,7 @@ class SharerSide:
             slots: those whose gates are open, which say what layers are read.
             lm: the sharer.
             tokenizer: the receiver's.
+            predictor: of the fuser, for token policies that choose by what it foretells; None if none was fitted.
 
         Raises:
             AdapterError: the sharer or the tokenizer is not the one that the fuser was trained with, or nothing of it
@@ -217,6 +227,7 @@ class SharerSide:
         if not self.layers:
             raise AdapterError("every gate of this fuser is closed: it adds nothing")
         self.spec = wire_spec(card, lm.spec)
+        self.predictor = None if predictor is None else predictor.to(lm.device)
 
     @torch.no_grad()
     def read(self, prompts: Sequence[Prompt], earlier: Earlier | None = None) -> KVCache:
@@ -261,12 +272,29 @@ class SharerSide:
         """What of a plan applies here: codecs and tokens; which layers cross, and how keys lie, the fuser says.
 
         Raises:
-            AdapterError: a plan for latents, or with layers of its own.
+            AdapterError: a plan for latents, or with layers of its own, or a token policy that needs a predictor where
+                none was fitted.
         """
         plan = plan or Plan()
         if plan.width is not None or NOTHING in (plan.keys, plan.values) or plan.layers != "all":
             raise AdapterError(f"plan {plan}: a fuser chooses the layers itself; use CODEC [POLICY@KEEP]")
+        if plan.tokens in FORETOLD and self.predictor is None:
+            raise AdapterError(
+                f"{plan.tokens}: nothing foretells it for this fuser from {self.card.sharer.name} to "
+                f"{self.card.receiver.name}; fit that: kvtalk train predictor --fuser FOLDER --data ROWS.jsonl"
+            )
         return replace(plan, rope=self.geometry.rope)
+
+    def scored(self, cache: KVCache, plan: Plan) -> KVCache:
+        """The cache with the scores by which the plan's token policy chooses, if it needs any.
+
+        Args:
+            cache: as :meth:`read` gives it.
+            plan: as :meth:`plan` gives it.
+        """
+        if self.predictor is None or plan.tokens not in FORETOLD:
+            return cache
+        return self.predictor.scored(cache, plan.tokens)
 
 
 class ReceiverSide:
@@ -566,7 +594,8 @@ def sharer_side(name: str | Path, sharer: LM) -> SharerSide:
         ModelError: the receiver's tokenizer cannot be loaded.
     """
     card, folder = read_card(name, "fuser")
-    return SharerSide(card, open_slots(card, folder), sharer, tokenizer_of(card.receiver.name))
+    slots, predictor = open_slots(card, folder), load_predictor(card, folder)
+    return SharerSide(card, slots, sharer, tokenizer_of(card.receiver.name), predictor)
 
 
 def receiver_side(name: str | Path, receiver: LM) -> ReceiverSide:

@@ -12,7 +12,7 @@ from typing import Any
 from huggingface_hub import HfApi, ModelCardData, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from kvtalk.adapters.store import CARD, OPTIONS, PARTS, Card, checked, read_card
+from kvtalk.adapters.store import CARD, OPTIONS, Card, checked, read_card
 from kvtalk.errors import AdapterError
 
 _READ = {
@@ -42,7 +42,7 @@ def push_adapter(name: str | Path, repo: str, private: bool = False, revision: s
             is out of reach.
     """
     card, folder = read_card(name)
-    files = [checked(card, folder, part) for part in PARTS[card.kind]]
+    files = [checked(card, folder, part) for part in card.parts]
     if repo.count("/") != 1:
         raise AdapterError(f"{repo!r:.120}: no name for the hub: give OWNER/NAME")
     if get_token() is None:

@@ -1,8 +1,9 @@
 """Adapters on disk: a card (``adapter.json``) and the weights of each part (safetensors), in a folder or on the hub.
 
-A translator has two parts, one for each side, and one is loaded without the other; a fuser has one. Matrices may be
-stored in 4 bits, by kvtalk's own codecs. Translators whose halves were trained to one latent space name it on their
-cards, and any encoder of a space can be joined with any of its decoders.
+A translator has two parts, one for each side, and one is loaded without the other; a fuser has one, and a predictor
+for the sharer's side once that is fitted. Matrices may be stored in 4 bits, by kvtalk's own codecs. Translators whose
+halves were trained to one latent space name it on their cards, and any encoder of a space can be joined with any of its
+decoders.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from kvtalk.adapters.fuser import Fuser, FuserGeometry, Shape
+from kvtalk.adapters.predictor import Predictor
 from kvtalk.adapters.translator import Decoder, Encoder, Geometry, Translator, joined
 from kvtalk.codecs import codec
 from kvtalk.codecs.registry import CODECS
@@ -54,6 +56,9 @@ KINDS: dict[str, Callable[[dict[str, Any]], Geometry | FuserGeometry]] = {
 
 PARTS = {"translator": ("encoder", "decoder"), "fuser": ("fuser",)}
 """Of each kind; a part's weights lie in the file of its name."""
+
+_PREDICTOR = "predictor"
+"""A part that a fuser may have besides."""
 
 OPTIONS = {"translator": "--adapter", "fuser": "--fuser"}
 """By which each kind is given on the command line."""
@@ -109,6 +114,11 @@ class Card:
         """What packets name: a digest of everything but space and facts."""
         content = {key: value for key, value in asdict(self).items() if key not in ("space", "facts")}
         return str(xxhash.xxh3_64_hexdigest(json.dumps(content, sort_keys=True).encode()))
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Parts that it has, each in a file of its own."""
+        return PARTS[self.kind] + (_PREDICTOR,) * (self.kind == "fuser" and _PREDICTOR in self.weights)
 
     def check(self, role: str, spec: ModelSpec) -> None:
         """Refuse another model than the one the adapter was trained with, and sizes that are not the model's.
@@ -292,7 +302,31 @@ def _write(folder: Path, blobs: Mapping[str, bytes], card: Card) -> Card:
     folder.mkdir(parents=True, exist_ok=True)
     for name, blob in blobs.items():
         (folder / f"{name}.safetensors").write_bytes(blob)
+    _write_card(folder, card)
+    return card
+
+
+def _write_card(folder: Path, card: Card) -> None:
     (folder / CARD).write_text(json.dumps(asdict(card), indent=1, ensure_ascii=False), "utf-8")
+
+
+def add_predictor(folder: Path, predictor: Predictor, facts: dict[str, Any] | None = None) -> Card:
+    """Write a predictor beside its fuser, in the place of an earlier one.
+
+    Args:
+        folder: of the fuser.
+        predictor: fitted to it.
+        facts: on what, for people.
+
+    Raises:
+        AdapterError: no fuser lies there.
+    """
+    card, folder = read_card(folder, "fuser")
+    blob = save(_packed(predictor, None))
+    weights = {**card.weights, _PREDICTOR: str(xxhash.xxh3_64_hexdigest(blob))}
+    card = replace(card, weights=weights, facts={**card.facts, _PREDICTOR: dict(facts or {})})
+    (folder / f"{_PREDICTOR}.safetensors").write_bytes(blob)
+    _write_card(folder, card)
     return card
 
 
@@ -365,6 +399,16 @@ def load_fuser(card: Card, folder: Path) -> Fuser:
     """
     assert isinstance(card.geometry, FuserGeometry)
     return _filled(Fuser, card.geometry, card, folder, "fuser")
+
+
+def load_predictor(card: Card, folder: Path) -> Predictor | None:
+    """A fuser's predictor; None where none was fitted.
+
+    Raises:
+        AdapterError: missing or damaged.
+    """
+    assert isinstance(card.geometry, FuserGeometry)
+    return _filled(Predictor, card.geometry, card, folder, _PREDICTOR) if _PREDICTOR in card.parts else None
 
 
 def open_slots(card: Card, folder: Path) -> tuple[int, ...]:

@@ -133,9 +133,41 @@ class ValueNorm(TokenPolicy):
         return norms.mean(dim=1)
 
 
+class Foretold(TokenPolicy):
+    """Tokens by what a fuser makes of the receiver's values with them, which its predictor foretells at the sharer."""
+
+    positional = False
+
+    def score(self, layer: LayerCache) -> Tensor:
+        """As in :meth:`TokenPolicy.score`: the layer's own scores.
+
+        Raises:
+            SelectionError: the layer has none, because no fuser is at work.
+        """
+        if layer.scores is None:
+            raise SelectionError(f"{self.name} foretells what a fuser adds: use it with --fuser, or another policy")
+        return layer.scores
+
+
+class ProjectedNorm(Foretold):
+    """Tokens whose projected value, the receiver's own with what is added, has a large L2 norm, averaged over heads
+    (SparseC2C, github.com/SujeethJinesh/LatentWire)."""
+
+    name = "proj_vnorm_topk"
+
+
+class AddedNorm(Foretold):
+    """Tokens for which what is added to the receiver's value has a large L2 norm, averaged over heads (ibid.)."""
+
+    name = "delta_proj_vnorm"
+
+
 TOKEN_POLICIES: dict[str, type[TokenPolicy]] = {
-    policy.name: policy for policy in (Front, Back, Random, SinksAndRecent, KeyNorm, ValueNorm)
+    policy.name: policy
+    for policy in (Front, Back, Random, SinksAndRecent, KeyNorm, ValueNorm, ProjectedNorm, AddedNorm)
 }
+FORETOLD = tuple(name for name, policy in TOKEN_POLICIES.items() if issubclass(policy, Foretold))
+"""Those that need a fuser's predictor."""
 
 
 def token_policy(name: str, seed: int = 0) -> TokenPolicy:

@@ -31,6 +31,18 @@ DataOption = Annotated[
     ),
 ]
 
+FusedDataOption = Annotated[
+    list[str],
+    typer.Option(
+        "--data",
+        "-d",
+        help="What to learn: .jsonl, also .gz, or a hub data set; rows with prompt and response; with question, "
+        "choices and answer (index of the right one); with context, question and answers (or choices and answer), "
+        "where only the sharer reads the context; or with text, of which only the sharer reads the beginning. "
+        "Repeat for several.",
+    ),
+]
+
 
 @app.command()
 def translator(
@@ -130,17 +142,7 @@ def translator(
 def fuser(
     sharer: Annotated[str, typer.Option("--sharer", "-s", help="Model that lends its cache.")],
     receiver: Annotated[str, typer.Option("--receiver", "-r", help="Model that answers.")],
-    data: Annotated[
-        list[str],
-        typer.Option(
-            "--data",
-            "-d",
-            help="What to learn: .jsonl, also .gz, or a hub data set; rows with prompt and response; with question, "
-            "choices and answer (index of the right one); with context, question and answers (or choices and answer), "
-            "where only the sharer reads the context; or with text, of which only the sharer reads the beginning. "
-            "Repeat for several.",
-        ),
-    ],
+    data: FusedDataOption,
     out_folder: Annotated[Path, typer.Option("--out", "-o", help="Folder for checkpoints, log and the fuser.")],
     steps: Annotated[int, typer.Option(min=10, help="Optimizer steps.")] = 1500,
     rows: Annotated[int, typer.Option(min=4, help="Prompts in a step.")] = 96,
@@ -183,8 +185,9 @@ def fuser(
     from kvtalk.adapters.store import Party, save_adapter
     from kvtalk.alignment.layers import layer_map
     from kvtalk.training.exchanges import Exchanges, Mixture
-    from kvtalk.training.fuser import FuserRecipe, training
+    from kvtalk.training.fuser import KEPT_BACK, FuserRecipe, training
     from kvtalk.training.loop import Schedule
+    from kvtalk.training.predictor import fit_predictor
 
     exchanges = Exchanges.load(data)
     reads, answers = _loaded(sharer, receiver)
@@ -223,9 +226,41 @@ def fuser(
         return
     facts = {"data": [Path(name).name for name in data], "steps": steps, "plan": plan}
     save_adapter(made, *parties, out_folder, pack, facts)
+    with out.status("fitting the predictor of its token policies ..."):
+        fit_predictor(out_folder, reads, answers, exchanges.split(KEPT_BACK)[0], {"data": facts["data"]})
     out.print(
         f"next: kvtalk eval --task arc_easy --sharer {sharer} --receiver {receiver} --fuser {out_folder} "
         "--arms receiver,sharer,fused,wrong,zeroed",
+        highlight=False,
+    )
+
+
+@app.command()
+def predictor(
+    fuser: Annotated[Path, typer.Option(help="Folder of the fuser, where the predictor is put.")],
+    data: FusedDataOption,
+    sharer: Annotated[str | None, typer.Option("--sharer", "-s", help="By default by its name on the card.")] = None,
+    receiver: Annotated[str | None, typer.Option("--receiver", "-r", help="Likewise.")] = None,
+) -> None:
+    """Fit what foretells at the sharer what a fuser makes of each token, for proj_vnorm_topk and delta_proj_vnorm.
+
+    `kvtalk train fuser` does so at its end; this is for other fusers, or other data.
+    """
+    from kvtalk.adapters.store import read_card
+    from kvtalk.errors import AdapterError
+    from kvtalk.training.exchanges import Exchanges
+    from kvtalk.training.predictor import fit_predictor
+
+    if not fuser.is_dir():
+        raise AdapterError(f"{fuser}: no folder: a predictor is put beside its fuser's files, so give their folder")
+    card, _ = read_card(fuser, "fuser")
+    exchanges = Exchanges.load(data)
+    both = _loaded(sharer or card.sharer.name, receiver or card.receiver.name)
+    with out.status("fitting ..."):
+        fit_predictor(fuser, *both, exchanges, {"data": [Path(name).name for name in data]})
+    out.print(
+        f"next: kvtalk ask --question '...' --sharer {both[0].name} --receiver {both[1].name} --fuser {fuser} "
+        "--plan 'int4 delta_proj_vnorm@25%'",
         highlight=False,
     )
 

@@ -28,7 +28,7 @@ from kvtalk.device import sent
 from kvtalk.errors import TrainingError
 from kvtalk.models import LM
 from kvtalk.planning import Plan
-from kvtalk.selection.tokens import kept_count
+from kvtalk.selection.tokens import FORETOLD, kept_count
 from kvtalk.training.exchanges import Exchanges, FusedBatch, FusedBatches, Mixture
 from kvtalk.training.loop import GAIN, Loop, Schedule
 from kvtalk.training.losses import token_losses
@@ -98,6 +98,8 @@ class Fusing:
         self.sharer, self.receiver, self.geometry, self.recipe, self.checks = sharer, receiver, geometry, recipe, checks
         self._before = self._versions()
         self.plan = None if recipe.plan is None else replace(Plan.parse(recipe.plan, recipe.seed), rope=geometry.rope)
+        if self.plan is not None and self.plan.tokens in FORETOLD:
+            raise TrainingError(f"{self.plan.tokens} is fitted to a trained fuser: train with another token policy")
         for lm in (sharer, receiver):
             lm.model.requires_grad_(False)
         _ = receiver.unembedding  # refuses a receiver that cannot be trained for, before anything is read
@@ -168,8 +170,13 @@ class Fusing:
             batch = batches[number, 0]
             taught.setdefault(batch.kind, []).append(batch)
         some = [batch for listed in taught.values() for batch in listed[:_FITTED_ON]]
-        both = [(self._theirs(batch)[0], self._ours(batch)[1]) for batch in some]
+        both = [self.vectors(batch) for batch in some]
         fuser.standardise(torch.cat([one for one, _ in both], 1), torch.cat([own for _, own in both], 1))
+
+    def vectors(self, batch: FusedBatch) -> tuple[Tensor, Tensor]:
+        """The sharer's keys and values of aligned tokens as they would arrive, and the receiver's own, each
+        ``[slots, tokens, width]``."""
+        return self._theirs(batch)[0], self._ours(batch)[1]
 
     def answered(self, module: nn.Module | None, batch: FusedBatch, *, zeroed: bool = False) -> tuple[Tensor, Tensor]:
         """Mean cross-entropy of right answers with all rows alike, and that of every answer's token."""
