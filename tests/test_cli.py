@@ -6,6 +6,7 @@ import io
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -212,9 +213,35 @@ def test_a_trained_fuser_answers_without_a_context(
     assert whole["bytes"] > rows["fused"]["bytes"]
     longer = json.loads(in_process("ask", *models, *options, "-c", context).stdout)["fused"]
     assert longer["context_tokens"] > whole["context_tokens"] > 5
+    foretold = json.loads(in_process("ask", *models, *options, "-p", "int4 delta_proj_vnorm@25%").stdout)["fused"]
+    assert foretold["plan"] == "int4:token before delta_proj_vnorm@25%"
+    assert foretold["bytes"] <= rows["fused"]["bytes"]
     table = in_process("ask", *models, "-q", "Who?", "-b", "50%", "--max-new-tokens", 2)
     assert "receiver alone" in table.stdout
     assert "first token" in table.stdout
+
+
+def test_a_predictor_is_fitted_by_the_command(
+    fusers: tuple[Path, Path], tiny_folder: Path, other_folder: Path, context: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(fusers[0], tmp_path / "fuser")
+    (folder / "predictor.safetensors").unlink()
+    card = json.loads((folder / "adapter.json").read_text())
+    del card["weights"]["predictor"], card["facts"]["predictor"]
+    (folder / "adapter.json").write_text(json.dumps(card))
+    plan = ("-p", "int4 proj_vnorm_topk@25%")
+    ask = ("ask", "-s", other_folder, "-r", tiny_folder, "-q", "Who?", "--max-new-tokens", 2, *plan)
+    refused(in_process(*ask, "--fuser", folder), "proj_vnorm_topk", "kvtalk train predictor --fuser")
+    refused(in_process(*ask[:3], *ask[5:], "-c", context), "proj_vnorm_topk", "use it with --fuser")
+    rows = fusers[0].parent / "rows.jsonl"
+    made = in_process("train", "predictor", "--fuser", folder, "--data", rows)
+    assert made.returncode == 0, made.stderr
+    assert f"--fuser {folder}" in made.stdout.replace("\n", "")
+    assert json.loads((folder / "adapter.json").read_text())["facts"]["predictor"] == {"data": ["rows.jsonl"]}
+    asked = in_process(*ask, "--fuser", folder)
+    assert asked.returncode == 0, asked.stderr
+    refused(in_process("train", "predictor", "--fuser", "me/pushed", "--data", rows), "me/pushed: no folder")
+    refused(in_process("train", "predictor", "--fuser", tmp_path, "--data", rows), "not an adapter")
 
 
 def test_a_trained_fuser_is_evaluated_with_its_controls(
@@ -279,6 +306,7 @@ def test_mistakes_in_training_a_fuser_are_one_line(tiny_folder: Path, other_fold
     start = ("train", "fuser", "-s", other_folder, "-r", tiny_folder, *out, "--data", rows)
     refused(in_process(*start, "--codec", "zip"), "no codec 'zip'")
     refused(in_process(*start, "--keep", 0.5, "--policy", "magic"), "no token policy 'magic'")
+    refused(in_process(*start, "--keep", 0.5, "--policy", "proj_vnorm_topk"), "is fitted to a trained fuser")
     refused(in_process(*start, "--alignment", "mean"), "use first, last, coverage")
     refused(in_process(*start, "--layers", "upside-down"), "upside-down")
     refused(in_process(*start, "--packing", "int9"), "no codec 'int9'")

@@ -53,4 +53,5 @@ class Predictor(nn.Module):
     def _score(self, policy: int, index: int, layer: LayerCache) -> Tensor:
         """Of every token of a layer, ``[batch, tokens]``, float32."""
         vectors = torch.cat([tensor.transpose(1, 2).flatten(2) for tensor in (layer.keys, layer.values)], dim=2)
-        return vectors.float() @ self.weight[policy, index].float() + self.bias[policy, index]
+        weighted = vectors.float() * self.weight[policy, index]  # no matrix product: alike tokens score alike anywhere
+        return weighted.sum(dim=2) + self.bias[policy, index]
