@@ -97,7 +97,8 @@ def stacked(
     """What the receiver's side does once a packet is decoded."""
     geometry, slots = parts[0].geometry, [slot for part in parts for slot in part.slots]
     which = [(geometry.layers[slot // 2], slot % 2) for slot in slots]
-    vectors = torch.stack([taken(sharer.layers[layer], kind, pairs.rows, pairs.theirs) for layer, kind in which])
+    pairs = pairs.to(own.layers[0].keys.device)
+    vectors = taken(sharer.layers, which, pairs.rows, pairs.theirs)
     ours, sizes = own_vectors(own, spec, pairs, slots, geometry.rope), [len(part.slots) for part in parts]
     both = zip(parts, torch.split(vectors, sizes), torch.split(ours, sizes), strict=True)
     added = torch.cat([part(theirs, one) for part, theirs, one in both])
@@ -119,7 +120,7 @@ def prepared(fuser: Fuser, dtype: torch.dtype, device: str) -> list[Fuser]:
     for parameter in fuser.parameters():
         if is_matrix(parameter):
             parameter.data = parameter.data.to(dtype)
-    return fuser.to(device).eval().split(slots_at_once(device, fuser))
+    return fuser.to(device).eval().opened().split(slots_at_once(device, fuser))
 
 
 @torch.no_grad()

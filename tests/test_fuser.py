@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import xxhash
 from safetensors.torch import load, save
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, PreTrainedTokenizerFast
 
 from conftest import ARCHITECTURES, byte_tokenizer, tiny_lm
@@ -506,6 +508,37 @@ def test_without_its_closed_slots_it_is_the_same(joined: Pair) -> None:
     assert not added[[0, 3, 6]].any()
     which = list(opened.slots)
     torch.testing.assert_close(opened.eval()(sharer[which], receiver[which]), added[which], atol=1e-6, rtol=1e-6)
+
+
+class Operators(TorchDispatchMode):
+    """Counts the operators that would be a kernel each on a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        self.count += not func.is_view and "split" not in func.name() and "unbind" not in func.name()
+        return made
+
+
+@pytest.mark.parametrize("rope", ["before", "after"])
+@torch.no_grad()
+def test_more_layers_take_no_more_operators(rope: str) -> None:
+    """All are gathered, rotated and added to at once."""
+    receiver = tiny_lm("qwen2")
+    cache = Own(receiver, PROMPTS).cache
+    pairs = fusing.Pairs(torch.tensor([0, 0, 2]), torch.tensor([3, 5, 1]), torch.tensor([0, 1, 2]))
+    layers = [(layer.keys, layer.values) for layer in cache.layers]
+
+    def operators(slots: Sequence[int]) -> int:
+        with Operators() as counted:
+            own = fusing.own_vectors(cache, receiver.spec, pairs, slots, rope)
+            fusing.enriched(layers, receiver.spec, fusing.Addition(pairs, slots, own, rope, last=True))
+        return counted.count
+
+    assert operators(range(8)) == operators([2, 3]) < 40
 
 
 @torch.no_grad()

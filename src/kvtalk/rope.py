@@ -86,10 +86,10 @@ def rotate(keys: Tensor, angles: Angles, out: Tensor | None = None) -> Tensor:
     for start in range(0, tokens, step):
         part = slice(start, start + step)
         cos, sin = (x if x.shape[2] == 1 else x[:, :, part] for x in (angles.cos, angles.sin))
-        first = keys[:, :, part, :half].to(torch.float32)
-        second = keys[:, :, part, half : 2 * half].to(torch.float32)
-        turned = torch.addcmul(first * cos, second, sin, value=-1), torch.addcmul(second * cos, first, sin)
-        out[:, :, part, :half], out[:, :, part, half : 2 * half] = turned
+        first, second = keys[:, :, part, :half], keys[:, :, part, half : 2 * half]
+        along, across = first * cos, first * sin  # float32, and all that is needed of what may be written over now
+        torch.addcmul(along, second, sin, value=-1, out=out[:, :, part, :half])
+        torch.addcmul(across, second, cos, out=out[:, :, part, half : 2 * half])
     return out
 
 

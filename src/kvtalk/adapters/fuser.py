@@ -256,7 +256,7 @@ class Fuser(nn.Module):
         if geometry.projects:
             theirs = self.into(theirs)
         hidden = self.shared(self.inward(torch.cat([theirs, ours.to(theirs.dtype)], dim=2)))
-        added = self.outward(self.projection(hidden)).float()
+        added = self.outward(self.projection(hidden))
         if geometry.weighted:
             weights = self.weights(self.weighing(hidden)).float().sigmoid()
             added = (added.unflatten(2, (geometry.receiver.kv_heads, -1)) * weights[..., None]).flatten(2)
@@ -273,8 +273,12 @@ class Fuser(nn.Module):
         return self.gates.detach().cpu() > 0
 
     def opened(self) -> Fuser:
-        """The same without the slots whose gates are closed."""
-        return self.of_slots(self.is_open.nonzero()[:, 0].tolist())
+        """The same without the slots whose gates are closed, and without gates."""
+        fuser = self.of_slots(self.is_open.nonzero()[:, 0].tolist())
+        if hasattr(fuser, "gates"):
+            fuser.geometry = replace(fuser.geometry, gated=False)
+            del fuser.gates
+        return fuser
 
     def of_slots(self, which: Sequence[int]) -> Fuser:
         """The same with some of its slots, by their place in :attr:`slots`; those of a range share its memory."""

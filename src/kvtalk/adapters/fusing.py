@@ -7,8 +7,9 @@ alone would have it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -141,6 +142,10 @@ class Pairs:
     def at(self, where: Tensor) -> Pairs:
         """Some of them."""
         return Pairs(self.rows[where], self.ours[where], self.theirs[where])
+
+    def to(self, device: torch.device | str) -> Pairs:
+        """On another device."""
+        return Pairs(*sent(torch.stack([self.rows, self.ours, self.theirs]), device))
 
 
 @dataclass(frozen=True)
@@ -363,16 +368,14 @@ class ReceiverSide:
         if not len(pairs.rows) or not self.fuser.slots:
             return []
         slots = [(self.geometry.layers[slot // 2], slot % 2) for slot in self.fuser.slots]
-        there = {layer: sent(where, self.lm.device) for layer, where in columns.items()}
-        vectors = torch.stack(
-            [taken(received.layers[layer], kind, pairs.rows, there[layer].clamp(min=0)) for layer, kind in slots]
-        )
-        missing = torch.stack([there[layer] < 0 for layer, _ in slots])
+        there = sent(torch.stack([columns[layer] for layer, _ in slots]), self.lm.device)
+        pairs = pairs.to(self.lm.device)
+        vectors = taken(received.layers, slots, pairs.rows, there.clamp(min=0))
         ours = own.vectors(pairs, self.fuser.slots, self.geometry.rope)
         sizes = [len(part.slots) for part in self._parts]
         both = zip(self._parts, torch.split(vectors, sizes), torch.split(ours, sizes), strict=True)
         added = torch.cat([part(theirs, own) for part, theirs, own in both])
-        added = added.masked_fill(missing[:, :, None], 0)
+        added = added.masked_fill((there < 0)[:, :, None], 0)
         return [Addition(pairs, self.fuser.slots, added, self.geometry.rope, self.geometry.last)]
 
 
@@ -381,7 +384,7 @@ class Addition:
     """What one sharer adds.
 
     Attributes:
-        pairs: to which tokens.
+        pairs: to which tokens; on the device of what is added.
         slots: to which layers' keys or values.
         added: ``[slots, tokens, width]``.
         rope: whether keys among it are to be rotated (``before``) or lie as the model holds them.
@@ -533,39 +536,44 @@ def bare_layers(
     return {index: replace(layer, keys=one) for index, layer, one in zip(wanted, layers, keys, strict=True)}
 
 
-def taken(layer: LayerCache, kind: int, rows: Tensor, columns: Tensor) -> Tensor:
-    """Keys (0) or values (1) of some tokens, all heads one after the other, ``[tokens, width]``."""
-    tensor = (layer.keys, layer.values)[kind].transpose(1, 2)
-    return tensor[sent(rows, tensor.device), sent(columns, tensor.device)].flatten(1)
+def taken(
+    layers: Sequence[LayerCache] | Mapping[int, LayerCache],
+    slots: Sequence[tuple[int, int]],
+    rows: Tensor,
+    columns: Tensor,
+) -> Tensor:
+    """Keys and values of some tokens, all heads one after the other, ``[slots, tokens, width]``.
+
+    Args:
+        layers: of one shape.
+        slots: index of the layer, and whether its keys (0) or values (1).
+        rows: of each token, ``[tokens]``, on the device of the layers.
+        columns: of each token, ``[tokens]``, or ``[slots, tokens]`` where they differ between slots.
+    """
+    tensors = [(layers[index].keys, layers[index].values)[kind] for index, kind in slots]
+    *begins, _ = accumulate((tensor.shape[2] for tensor in tensors), initial=0)
+    there = columns + sent(torch.tensor(begins)[:, None], columns.device)
+    return torch.cat(tensors, dim=2).transpose(1, 2)[rows, there].flatten(2)
 
 
 def own_vectors(cache: KVCache, spec: ModelSpec, pairs: Pairs, slots: Sequence[int], rope: str) -> Tensor:
     """Keys and values of some tokens of a cache from position 0 on, ``[slots, tokens, width]``."""
-    found: dict[int, Tensor] = {
-        slot: taken(cache.layers[slot // 2], slot % 2, pairs.rows, pairs.ours) for slot in slots
-    }
-    keys = [slot for slot in slots if slot % 2 == 0]
-    if rope == "before" and keys:
-        turned = _turned(found, keys, spec, pairs.ours, inverse=True)
-        found.update(zip(keys, turned, strict=True))
-    return torch.stack([found[slot] for slot in slots])
+    vectors = taken(cache.layers, [divmod(slot, 2) for slot in slots], pairs.rows, pairs.ours)
+    return _turned(vectors, slots, spec, pairs.ours, inverse=True) if rope == "before" else vectors
 
 
 def enriched(
     layers: Sequence[tuple[Tensor, Tensor]], spec: ModelSpec, addition: Addition
 ) -> list[tuple[Tensor, Tensor]]:
     """Keys and values of every layer with an addition; gradients flow into it."""
-    found = dict(zip(addition.slots, addition.added, strict=True))
-    keys = [slot for slot in addition.slots if slot % 2 == 0]
-    if addition.rope == "before" and keys:
-        found.update(zip(keys, _turned(found, keys, spec, addition.pairs.ours, inverse=False), strict=True))
+    pairs, slots, added = addition.pairs, addition.slots, addition.added
+    if addition.rope == "before":
+        added = _turned(added, slots, spec, pairs.ours, inverse=False)
+    held = torch.stack([layers[slot // 2][slot % 2] for slot in slots])
+    held.transpose(2, 3)[:, pairs.rows, pairs.ours] += added.reshape(*added.shape[:2], held.shape[2], -1)
     made = [list(layer) for layer in layers]
-    for slot, added in found.items():
-        tensor = made[slot // 2][slot % 2]
-        where = sent(addition.pairs.rows, tensor.device), sent(addition.pairs.ours, tensor.device)
-        added = added.to(tensor.dtype).reshape(len(added), tensor.shape[1], -1)
-        by_token = tensor.transpose(1, 2)
-        made[slot // 2][slot % 2] = by_token.index_put(where, by_token[where] + added).transpose(1, 2)
+    for slot, tensor in zip(slots, held.unbind(), strict=True):
+        made[slot // 2][slot % 2] = tensor
     return [(keys, values) for keys, values in made]
 
 
@@ -625,15 +633,9 @@ def _columns(positions: Tensor, pairs: Pairs) -> Tensor:
     return table[pairs.rows, pairs.theirs]
 
 
-def _turned(
-    vectors: dict[int, Tensor], slots: Sequence[int], spec: ModelSpec, positions: Tensor, inverse: bool
-) -> list[Tensor]:
-    """Keys of some tokens, ``[tokens, width]`` each, rotated to their positions or back."""
-    shapes = [spec.layers[slot // 2] for slot in slots]
-    heads = [
-        vectors[slot].reshape(len(positions), shape.kv_heads, -1).transpose(0, 1)[None]
-        for slot, shape in zip(slots, shapes, strict=True)
-    ]
-    there = sent(positions, heads[0].device)
-    turned = rotate_layers(heads, [shape.rope for shape in shapes], there, inverse)
-    return [one[0].transpose(0, 1).flatten(1) for one in turned]
+def _turned(vectors: Tensor, slots: Sequence[int], spec: ModelSpec, positions: Tensor, inverse: bool) -> Tensor:
+    """Keys and values of some tokens, ``[slots, tokens, width]``, keys rotated to their positions or back."""
+    heads = vectors.reshape(*vectors.shape[:2], spec.layers[0].kv_heads, -1).transpose(1, 2)
+    ropes = [None if slot % 2 else spec.layers[slot // 2].rope for slot in slots]
+    turned = rotate_layers(torch.split(heads, 1), ropes, positions, inverse)
+    return torch.cat(turned).transpose(1, 2).flatten(2)

@@ -190,7 +190,8 @@ class Fusing:
             theirs, missing = self._theirs(batch)
             added = module(torch.zeros_like(theirs) if zeroed else theirs, ours)
             added = added if missing is None else added.masked_fill(missing[:, :, None], 0)
-            additions.append(Addition(batch.pairs, self.slots, added, self.geometry.rope, self.geometry.last))
+            pairs = batch.pairs.to(self.receiver.device)
+            additions.append(Addition(pairs, self.slots, added, self.geometry.rope, self.geometry.last))
         placed = placed_but_last(self.receiver, cache, additions, self.geometry.last)
         hidden = self.receiver.states(batch.tails, placed.rows(batch.prompts))
         longest = hidden.shape[1]  # padded on the left
@@ -207,7 +208,8 @@ class Fusing:
 
     def _ours(self, batch: FusedBatch) -> tuple[KVCache, Tensor]:
         cache, _ = self.receiver.read_whole(batch.receiver)
-        return cache, own_vectors(cache, self.receiver.spec, batch.pairs, self.slots, self.geometry.rope)
+        pairs = batch.pairs.to(self.receiver.device)
+        return cache, own_vectors(cache, self.receiver.spec, pairs, self.slots, self.geometry.rope)
 
     def _theirs(self, batch: FusedBatch) -> tuple[Tensor, Tensor | None]:
         """The sharer's keys and values of aligned tokens as they would arrive, ``[slots, tokens, width]``, and which of
@@ -223,7 +225,8 @@ class Fusing:
             missing = torch.stack([~kept[index][pairs.rows, columns] for index, _ in slots])
             missing = sent(missing, self.receiver.device)
             layers = {index: _packed(layer, kept[index], self.plan) for index, layer in layers.items()}
-        return torch.stack([taken(layers[index], kind, pairs.rows, columns) for index, kind in slots]), missing
+        rows, columns = sent(torch.stack([pairs.rows, columns]), self.receiver.device)
+        return taken(layers, slots, rows, columns), missing
 
 
 def answers_loss(lm: LM, states: Tensor, labels: Tensor, batch: FusedBatch) -> Tensor:
