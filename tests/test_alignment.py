@@ -21,7 +21,7 @@ from kvtalk import bundled
 from kvtalk.alignment.coverage import coverage
 from kvtalk.alignment.layers import LAYER_STRATEGIES, layer_map
 from kvtalk.alignment.pooling import Pooling
-from kvtalk.alignment.tokens import NONE, STRATEGIES, Tokenized, align, ranges, runs, tokenize
+from kvtalk.alignment.tokens import NONE, STRATEGIES, Tokenized, align, aligned, ranges, runs, tokenize
 from kvtalk.errors import AlignmentError
 
 WORDS = ["the", "naïve", "北京", "東京", "😀", "👩‍👩‍👧", "e\u0301", "  ", "\n\n", "don't", "x", "\t", "Ünïcödé", "!"]
@@ -127,6 +127,18 @@ def cuts(draw):
 def test_any_spans_are_aligned_as_the_definition_says(theirs, ours):
     check_against_the_definition(theirs, ours)
     check_coverage(theirs, ours)
+
+
+@pytest.mark.parametrize("two", list(product(TOKENIZERS, repeat=2)), ids="-".join)
+def test_pairs_are_the_runs_one_by_one(two: tuple[str, str]) -> None:
+    for text in (PROSE, " ".join(WORDS), ""):
+        sharer, receiver = (tokenize(TOKENIZERS[name], [text])[0] for name in two)
+        for strategy in STRATEGIES:
+            found = runs(sharer, receiver, strategy)
+            each = enumerate(zip(found.first.tolist(), found.count.tolist(), strict=True))
+            expected = [(at, first + step) for at, (first, count) in each for step in range(count)]
+            got = aligned(sharer, receiver, strategy)
+            assert list(zip(*(one.tolist() for one in got), strict=True)) == expected
 
 
 @given(texts, pairs)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from functools import cache
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -263,6 +264,54 @@ def test_every_token_is_given_its_partner(receiver: LM, roles: bool, last: bool,
             expected[:, which] += one.unflatten(1, (len(expected), -1)).transpose(0, 1)
             read = len(given) - (not last)
             torch.testing.assert_close(got[row, :, :read], expected[:, :read], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("plan", ["fp32", "fp32 front@60%"])
+@torch.no_grad()
+def test_the_mean_is_of_all_tokens_that_overlap_and_were_sent(plan: str, tmp_path: Path) -> None:
+    """What is added is computed again, of the sharer's own cache; a token of the sharer's is a byte."""
+    sharer, receiver = tiny_lm("gemma3"), other_lm()
+    fuser = random_fuser(geometry_of(sharer, receiver, rope="after", alignment="mean"))
+    pair = Pair(fuser, sharer, receiver, tmp_path)
+    ours = Prompt("Q: ", TEXT, " A:")
+    theirs = Prompt("<user> ", TEXT, "\nReply:")
+    read = pair.sharer.read(theirs)
+    blob = pair.sharer.encode_rows([theirs], read, [Plan.parse(plan)])[0]
+    own = Own(receiver, [ours])
+    (addition,) = pair.side.additions(own, [ours], [pair.receiver.unpack(0, blob)])
+    packed = list(Packet.parse(blob).layers())
+    _, shared, after = tokens_of(sharer, theirs)
+    assert packed[0].layout.span == len(shared) + len(after)
+    begin, end = len(receiver.encode(ours.before)), len(receiver.encode(ours.after))
+    pieces = receiver.tokenizer.convert_ids_to_tokens(receiver.encode(TEXT))
+    edges = [0, *accumulate(map(len, pieces))]  # a letter of a piece is a byte
+    characters = [at for at, letter in enumerate(TEXT) for _ in letter.encode()]
+    whole = [
+        [at for at, letter in enumerate(characters) if letter in characters[first:stop]]
+        for first, stop in pairwise(edges)
+    ]  # every byte of a character covers it
+    tokens = {begin + at: some for at, some in enumerate(whole)}
+    tokens |= {begin + len(whole) + end - back: [len(shared) + len(after) - back] for back in range(1, end + 1)}
+    lent = sharer.read_whole([all_of(sharer, theirs)])[0].layers
+    held = receiver.read_whole([all_of(receiver, ours)])[0].layers
+    start = len(sharer.encode(theirs.before))
+    sent = [set(layer.positions[0].tolist()) for layer in packed]
+    given = {at: [one for one in some if one in sent[0]] for at, some in tokens.items()}
+    given = {at: some for at, some in given.items() if some}
+    assert max(map(len, given.values())) > 3
+    assert (len(given) < len(tokens)) == ("front" in plan)
+    assert addition.pairs.ours.tolist() == sorted(given)
+    means, mine = [], []
+    for slot in addition.slots:
+        kind = ("keys", "values")[slot % 2]
+        source, target = (
+            getattr(some[at], kind)[0].transpose(0, 1).flatten(1)
+            for some, at in ((lent, fuser.geometry.layers[slot // 2]), (held, slot // 2))
+        )
+        means.append(torch.stack([source[[start + one for one in given[at]]].mean(0) for at in sorted(given)]))
+        mine.append(target[sorted(given)])
+    expected = fuser(torch.stack(means), torch.stack(mine))
+    torch.testing.assert_close(addition.added, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_words_after_the_text_have_no_partners_where_only_it_crosses(receiver: LM) -> None:
@@ -671,7 +720,7 @@ def shape_of(layers: object = 4, kv_heads: object = 2, head_dim: object = 16) ->
         ({"layers": ...}, "'layers'"),
         ({"rope": "never"}, "rope 'never': must be one of before, after"),
         ({"rope": ["before"]}, "rope"),
-        ({"alignment": "mean"}, "alignment 'mean': must be one of first, last, coverage"),
+        ({"alignment": "most"}, "alignment 'most': must be one of first, last, coverage, mean"),
         ({"gated": "yes"}, "gated 'yes': must be true or false"),
         ({"roles": 1}, "roles 1: must be true or false"),
         ({"last": None}, "last None: must be true or false"),

@@ -472,9 +472,14 @@ def trained_logits(objective: Fusing, fuser: Fuser, batch: FusedBatch, monkeypat
 
 
 def assert_same(
-    objective: Fusing, fuser: Fuser, pair: Pair, models: tuple[LM, LM], plan: str, monkeypatch: pytest.MonkeyPatch
+    objective: Fusing,
+    fuser: Fuser,
+    pair: Pair,
+    made: tuple[list[Exchange], FusedBatch],
+    plan: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    every, batch = varied(models)
+    every, batch = made
     found = trained_logits(objective, fuser, batch, monkeypatch)
     assert len(batch.answers) > len(every) == len(batch.receiver)
     for row, (prompt, got) in enumerate(zip(batch.prompts, found, strict=True)):
@@ -487,18 +492,37 @@ def untaught(models: tuple[LM, LM], geometry: FuserGeometry, plan: str | None) -
 
 
 @pytest.mark.parametrize(
-    ("rope", "plan"),
-    [("before", None), ("after", None), ("before", PACKED), ("after", PACKED), ("before", "nf4 back@5")],
+    ("rope", "plan", "alignment"),
+    [
+        ("before", None, "coverage"),
+        ("after", None, "coverage"),
+        ("before", PACKED, "coverage"),
+        ("after", PACKED, "coverage"),
+        ("before", "nf4 back@5", "coverage"),
+        ("before", None, "mean"),
+        ("after", PACKED, "mean"),
+        ("before", "int8 back@40%", "mean"),
+    ],
 )
+@pytest.mark.parametrize("turned", [False, True], ids=["", "turned"])
 def test_training_computes_what_inference_does(
-    models: tuple[LM, LM], rope: Any, plan: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    models: tuple[LM, LM],
+    rope: Any,
+    plan: str | None,
+    alignment: str,
+    turned: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    geometry = geometry_of(*models, rope=rope)
+    """With a sharer of fewer, longer tokens, and of more, shorter ones, of which several stand for one."""
+    models = models[::-1] if turned else models
+    geometry = geometry_of(*models, rope=rope, alignment=alignment)
     fuser = random_fuser(geometry)
     with torch.no_grad():
         fuser.gates[[0, 3]] = -1
     objective = untaught(models, geometry, plan)
-    assert_same(objective, fuser, saved(fuser, models, tmp_path), models, plan or "fp32", monkeypatch)
+    pair = saved(fuser, models, tmp_path)
+    assert_same(objective, fuser, pair, varied(models, alignment=alignment), plan or "fp32", monkeypatch)
 
 
 def test_the_fuser_matters_in_these_comparisons(
@@ -656,7 +680,7 @@ def test_the_loss_of_what_can_be_learned_falls_and_the_models_stay(
     objective = run.objective
     assert isinstance(objective, Fusing)
     with objective.during(fuser, 40):  # with matrices as the file holds them
-        assert_same(objective, fuser, pair, models, "fp32", monkeypatch)
+        assert_same(objective, fuser, pair, varied(models), "fp32", monkeypatch)
 
 
 @pytest.mark.usefixtures("deterministic")
@@ -684,7 +708,8 @@ def test_a_run_with_a_plan_in_the_loop_resumes_to_the_same_losses_and_is_what_in
     objective, fuser = run.objective, run.module
     assert isinstance(objective, Fusing)
     assert isinstance(fuser, Fuser)
-    assert_same(objective, fuser, saved(fuser, models, tmp_path / "fuser"), models, PACKED, monkeypatch)
+    pair = saved(fuser, models, tmp_path / "fuser")
+    assert_same(objective, fuser, pair, varied(models), PACKED, monkeypatch)
     for change in (
         {"plan": None},
         {"seed": 4},

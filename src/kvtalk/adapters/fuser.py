@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kvtalk.alignment.tokens import STRATEGIES
 from kvtalk.errors import AdapterError
 from kvtalk.spec import ModelSpec
 
@@ -26,7 +27,6 @@ _FASTER = 20.0
 """A gate's learning rate over that of the matrices: it has far to go."""
 _LARGEST = {"layers": 1024, "kv_heads": 1024, "head_dim": 4096, "blocks": 256, "width": 1 << 16}
 """What a card may claim at most; ``width`` is for the three widths of a slot's network."""
-_ALIGNMENTS = "first", "last", "coverage"
 
 
 def _check_whole(name: str, value: object, least: int, most: int) -> None:
@@ -157,7 +157,7 @@ class FuserGeometry:
         for name in ("projects", "residual", "gated", "weighted", "roles", "last"):
             if type(getattr(self, name)) is not bool:
                 raise AdapterError(f"{name} {getattr(self, name)!r:.60}: must be true or false")
-        for name, known in (("rope", ("before", "after")), ("alignment", _ALIGNMENTS)):
+        for name, known in (("rope", ("before", "after")), ("alignment", STRATEGIES)):
             if getattr(self, name) not in known:
                 raise AdapterError(f"{name} {getattr(self, name)!r:.60}: must be one of {', '.join(known)}")
 

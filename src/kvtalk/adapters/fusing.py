@@ -21,7 +21,7 @@ from kvtalk.adapters.fuser import Fuser, FuserGeometry
 from kvtalk.adapters.halves import beside, tokenizer_of
 from kvtalk.adapters.predictor import Predictor
 from kvtalk.adapters.store import Card, load_fuser, load_predictor, open_slots, read_card
-from kvtalk.alignment.tokens import NONE, Tokenized, align, tokenize
+from kvtalk.alignment.tokens import Tokenized, aligned, tokenize
 from kvtalk.cache import PADDING, KVCache, LayerCache, Prefix
 from kvtalk.codecs import NOTHING
 from kvtalk.device import sent
@@ -129,6 +129,8 @@ class Earlier:
 class Pairs:
     """Aligned tokens of a batch of prompts, one entry each.
 
+    Where a receiver token is given the mean of several sharer tokens, their entries follow each other.
+
     Attributes:
         rows: number of the prompt.
         ours: index of the receiver's token in its prompt.
@@ -142,6 +144,13 @@ class Pairs:
     def at(self, where: Tensor) -> Pairs:
         """Some of them."""
         return Pairs(self.rows[where], self.ours[where], self.theirs[where])
+
+    def once(self) -> tuple[Pairs, Tensor]:
+        """Each receiver token's first entry, and for every entry the number of its receiver token."""
+        tokens = torch.stack([self.rows, self.ours])
+        first = torch.ones(tokens.shape[1], dtype=torch.bool)
+        first[1:] = (tokens[:, 1:] != tokens[:, :-1]).any(dim=0)
+        return self.at(first), first.cumsum(0) - 1
 
     def to(self, device: torch.device | str) -> Pairs:
         """On another device."""
@@ -255,8 +264,7 @@ class SharerSide:
             earlier.placed = placed_whole(self.lm, cache)
         wanted = torch.full((len(prompts), max(cache.length) - start), PADDING)
         for row, (one, other) in enumerate(zip(theirs, ours, strict=True)):
-            chosen = torch.from_numpy(align(one.shared, other, self.geometry.alignment))
-            chosen = torch.unique(chosen[chosen != NONE])
+            chosen = torch.unique(torch.from_numpy(aligned(one.shared, other, self.geometry.alignment)[1]))
             if not len(chosen):
                 raise AlignmentError("no token of the receiver overlaps one of the sharer: is the prompt empty?")
             if one.after * self.geometry.roles > _MOST_AFTER:
@@ -369,14 +377,16 @@ class ReceiverSide:
             return []
         slots = [(self.geometry.layers[slot // 2], slot % 2) for slot in self.fuser.slots]
         there = sent(torch.stack([columns[layer] for layer, _ in slots]), self.lm.device)
-        pairs = pairs.to(self.lm.device)
-        vectors = taken(received.layers, slots, pairs.rows, there.clamp(min=0))
-        ours = own.vectors(pairs, self.fuser.slots, self.geometry.rope)
+        once, owners = pairs.once()
+        once, rows, owners = once.to(self.lm.device), *sent(torch.stack([pairs.rows, owners]), self.lm.device)
+        vectors = taken(received.layers, slots, rows, there.clamp(min=0))
+        vectors, missing = averaged(vectors, there < 0, owners, len(once.rows))
+        ours = own.vectors(once, self.fuser.slots, self.geometry.rope)
         sizes = [len(part.slots) for part in self._parts]
         both = zip(self._parts, torch.split(vectors, sizes), torch.split(ours, sizes), strict=True)
         added = torch.cat([part(theirs, own) for part, theirs, own in both])
-        added = added.masked_fill((there < 0)[:, :, None], 0)
-        return [Addition(pairs, self.fuser.slots, added, self.geometry.rope, self.geometry.last)]
+        added = added.masked_fill(missing[:, :, None], 0)
+        return [Addition(once, self.fuser.slots, added, self.geometry.rope, self.geometry.last)]
 
 
 @dataclass(frozen=True)
@@ -384,7 +394,7 @@ class Addition:
     """What one sharer adds.
 
     Attributes:
-        pairs: to which tokens; on the device of what is added.
+        pairs: to which tokens, each once; on the device of what is added.
         slots: to which layers' keys or values.
         added: ``[slots, tokens, width]``.
         rope: whether keys among it are to be rotated (``before``) or lie as the model holds them.
@@ -507,13 +517,12 @@ def paired(
     """
     rows, ours, theirs = [], [], []
     for row, (one, length, other) in enumerate(zip(sharer, lengths, receiver, strict=True)):
-        index = torch.from_numpy(align(one, other.shared, geometry.alignment))
-        there = (index != NONE).nonzero()[:, 0]
+        there, index = map(torch.from_numpy, aligned(one, other.shared, geometry.alignment))
         both = min(length - len(one.ids), other.after) if geometry.roles else 0
         back = torch.arange(-both, 0)
         rows.append(torch.full((len(there) + both,), row))
         ours.append(torch.cat([there + other.begin, back + len(other.ids)]))
-        theirs.append(torch.cat([index[there], back + length]))
+        theirs.append(torch.cat([index, back + length]))
     return Pairs(torch.cat(rows), torch.cat(ours), torch.cat(theirs))
 
 
@@ -554,6 +563,28 @@ def taken(
     *begins, _ = accumulate((tensor.shape[2] for tensor in tensors), initial=0)
     there = columns + sent(torch.tensor(begins)[:, None], columns.device)
     return torch.cat(tensors, dim=2).transpose(1, 2)[rows, there].flatten(2)
+
+
+def averaged(vectors: Tensor, missing: Tensor, owners: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The mean of the sharer tokens that stand for each receiver token, of those that were sent.
+
+    Args:
+        vectors: of every entry, ``[slots, entries, width]``.
+        missing: which of them were not sent, bool ``[slots, entries]``.
+        owners: number of each entry's receiver token, ``[entries]``, never decreasing.
+        count: of the receiver tokens.
+
+    Returns:
+        means, ``[slots, count, width]``, of the same type, averaged in float32 or better; and which receiver tokens
+        were sent nothing, bool ``[slots, count]``.
+    """
+    if len(owners) == count:
+        return vectors, missing
+    exact = torch.promote_types(vectors.dtype, torch.float32)
+    there = (~missing)[:, :, None].to(exact)
+    sums = vectors.new_zeros(len(vectors), count, vectors.shape[2], dtype=exact).index_add_(1, owners, vectors * there)
+    counts = there.new_zeros(len(vectors), count, 1).index_add_(1, owners, there)
+    return (sums / counts.clamp(min=1)).to(vectors.dtype), counts[:, :, 0] == 0
 
 
 def own_vectors(cache: KVCache, spec: ModelSpec, pairs: Pairs, slots: Sequence[int], rope: str) -> Tensor:

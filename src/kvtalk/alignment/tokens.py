@@ -148,6 +148,26 @@ def align(sharer: Tokenized, receiver: Tokenized, strategy: str = "coverage") ->
     return runs(sharer, receiver, strategy).index()
 
 
+def aligned(sharer: Tokenized, receiver: Tokenized, strategy: str = "coverage") -> tuple[Indices, Indices]:
+    """:func:`runs` as pairs: one for each receiver token and each sharer token that stands for it.
+
+    Args:
+        sharer: the text in the sharer's tokens.
+        receiver: the same text in the receiver's.
+        strategy: see :data:`STRATEGIES`.
+
+    Returns:
+        the pairs' receiver tokens, never decreasing, and sharer tokens, each ``[pairs]``.
+
+    Raises:
+        AlignmentError: an unknown strategy.
+    """
+    found = runs(sharer, receiver, strategy)
+    before = np.cumsum(found.count) - found.count
+    theirs = np.arange(found.count.sum()) + np.repeat(found.first - before, found.count)
+    return np.repeat(np.arange(len(found.count)), found.count), theirs
+
+
 def spread(own: Sequence[int], other: Sequence[int]) -> Indices:
     """Which token of another text may stand in for each token of this one, where any other text will do.
 

@@ -152,7 +152,9 @@ def fuser(
         int | None, typer.Option(min=16, help="Width of a layer's network; by default what 27 million parameters give.")
     ] = None,
     layers: Annotated[str, typer.Option(help="Which sharer layer for which: terminal or normalised.")] = "terminal",
-    alignment: Annotated[str, typer.Option(help="Which sharer token for which: coverage, first or last.")] = "coverage",
+    alignment: Annotated[
+        str, typer.Option(help="Which sharer token for which: coverage, first, last, or the mean of all that overlap.")
+    ] = "coverage",
     projects: Annotated[bool, typer.Option("--c2c-c", help="Project the sharer's vectors before both meet.")] = False,
     residual: Annotated[bool, typer.Option(help="Add to the receiver's own cache, or take its place.")] = True,
     gated: Annotated[bool, typer.Option(help="A switch for each layer's keys and values.")] = True,

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from kvtalk.adapters.fuser import Fuser, FuserGeometry
-from kvtalk.adapters.fusing import Addition, bare_layers, own_vectors, placed_but_last, taken
+from kvtalk.adapters.fusing import Addition, averaged, bare_layers, own_vectors, placed_but_last, taken
 from kvtalk.cache import PADDING, KVCache, LayerCache
 from kvtalk.codecs import codec
 from kvtalk.device import sent
@@ -189,8 +189,8 @@ class Fusing:
         if module is not None:
             theirs, missing = self._theirs(batch)
             added = module(torch.zeros_like(theirs) if zeroed else theirs, ours)
-            added = added if missing is None else added.masked_fill(missing[:, :, None], 0)
-            pairs = batch.pairs.to(self.receiver.device)
+            added = added.masked_fill(missing[:, :, None], 0)
+            pairs = batch.pairs.once()[0].to(self.receiver.device)
             additions.append(Addition(pairs, self.slots, added, self.geometry.rope, self.geometry.last))
         placed = placed_but_last(self.receiver, cache, additions, self.geometry.last)
         hidden = self.receiver.states(batch.tails, placed.rows(batch.prompts))
@@ -208,25 +208,26 @@ class Fusing:
 
     def _ours(self, batch: FusedBatch) -> tuple[KVCache, Tensor]:
         cache, _ = self.receiver.read_whole(batch.receiver)
-        pairs = batch.pairs.to(self.receiver.device)
+        pairs = batch.pairs.once()[0].to(self.receiver.device)
         return cache, own_vectors(cache, self.receiver.spec, pairs, self.slots, self.geometry.rope)
 
-    def _theirs(self, batch: FusedBatch) -> tuple[Tensor, Tensor | None]:
-        """The sharer's keys and values of aligned tokens as they would arrive, ``[slots, tokens, width]``, and which of
-        them the token policy leaves out, bool ``[slots, tokens]``."""
+    def _theirs(self, batch: FusedBatch) -> tuple[Tensor, Tensor]:
+        """The sharer's keys and values of aligned tokens as they would arrive, ``[slots, tokens, width]``, and which
+        of them the token policy leaves without any, bool ``[slots, tokens]``."""
         cache, _ = self.sharer.read_whole(batch.sharer)
         wanted = sorted(set(self.geometry.layers))
         layers = bare_layers(cache, self.sharer.spec, self.geometry, wanted)
         pairs, slots = batch.pairs, [(self.geometry.layers[slot // 2], slot % 2) for slot in self.slots]
         columns = pairs.theirs + torch.tensor(batch.begins)[pairs.rows]
-        missing = None
+        missing = torch.zeros(len(slots), len(columns), dtype=torch.bool)
         if self.plan is not None:
             kept = {index: _kept(layer, batch, self.plan) for index, layer in layers.items()}
             missing = torch.stack([~kept[index][pairs.rows, columns] for index, _ in slots])
-            missing = sent(missing, self.receiver.device)
             layers = {index: _packed(layer, kept[index], self.plan) for index, layer in layers.items()}
-        rows, columns = sent(torch.stack([pairs.rows, columns]), self.receiver.device)
-        return taken(layers, slots, rows, columns), missing
+        once, owners = pairs.once()
+        rows, columns, owners = sent(torch.stack([pairs.rows, columns, owners]), self.receiver.device)
+        missing = sent(missing, self.receiver.device)
+        return averaged(taken(layers, slots, rows, columns), missing, owners, len(once.rows))
 
 
 def answers_loss(lm: LM, states: Tensor, labels: Tensor, batch: FusedBatch) -> Tensor:
