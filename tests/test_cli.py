@@ -95,7 +95,7 @@ def fusers(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, other_fo
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     sizes = ("--steps", 10, "--rows", 4, "--hidden", 64, "--check-every", 5)
     packed = ("--codec", "int4", "--keep", 0.25)
-    for name, sharer, plan in (("between", other_folder, packed), ("own", tiny_folder, ())):
+    for name, sharer, plan in (("between", other_folder, packed), ("own", tiny_folder, ("--alignment", "mean"))):
         both = ("-s", sharer, "-r", tiny_folder, "--data", folder / "rows.jsonl", "--out", folder / name)
         made = in_process("train", "fuser", *both, *sizes, *plan)
         assert made.returncode == 0, made.stderr
@@ -307,7 +307,7 @@ def test_mistakes_in_training_a_fuser_are_one_line(tiny_folder: Path, other_fold
     refused(in_process(*start, "--codec", "zip"), "no codec 'zip'")
     refused(in_process(*start, "--keep", 0.5, "--policy", "magic"), "no token policy 'magic'")
     refused(in_process(*start, "--keep", 0.5, "--policy", "proj_vnorm_topk"), "is fitted to a trained fuser")
-    refused(in_process(*start, "--alignment", "mean"), "use first, last, coverage")
+    refused(in_process(*start, "--alignment", "most"), "there are first, last, coverage, mean")
     refused(in_process(*start, "--layers", "upside-down"), "upside-down")
     refused(in_process(*start, "--packing", "int9"), "no codec 'int9'")
     assert not (tmp_path / "out").exists()

@@ -41,7 +41,7 @@ from kvtalk.errors import AdapterError, AlignmentError, BudgetError, InputError,
 from kvtalk.fusion import FusedReceiver, FusedSharer, Fusion
 from kvtalk.link import Receiver
 from kvtalk.models import LM
-from kvtalk.packet import Packet
+from kvtalk.packet import Packet, predict
 from kvtalk.placement import PlacedCache
 from kvtalk.prompts import BARE
 
@@ -544,6 +544,38 @@ def test_closed_gates_change_nothing_and_cost_no_bytes(joined: Pair, receiver: L
     assert kept[:2] == [0, 0]
     assert kept[2] == kept[3] > 0
     assert len(fewer) < 0.6 * len(whole)
+
+
+@pytest.mark.parametrize("plan", ["fp32", "bf16 front@50%", "int4:channel/int8"])
+@torch.no_grad()
+def test_of_a_layer_only_what_a_gate_reads_crosses(joined: Pair, receiver: LM, plan: str, tmp_path: Path) -> None:
+    """The keys of the second sharer layer, the values of the third, both of the fourth; what is fused is the same."""
+    fuser = random_fuser(joined.side.geometry)
+    with torch.no_grad():
+        fuser.gates[[0, 1, 3, 4]] = -1
+    assert fuser.geometry.layers == (0, 1, 2, 3)
+    part = Pair(fuser, other_lm(), receiver, tmp_path)
+    read = part.sharer.read(*THEIRS)
+    planned = part.sharer.side.plan(Plan.parse(plan))
+    blobs = part.sharer.encode_rows(THEIRS, read, [planned] * len(THEIRS))
+    for row, blob in enumerate(blobs):
+        codecs = [(layer.layout.keys, layer.layout.values) for layer in Packet.parse(blob).layers()]
+        keys, values = planned.keys, planned.values
+        assert codecs == [("none", "none"), (keys, "none"), ("none", values), (keys, values)]
+        assert len(blob) == predict(read.row(row), planned, part.sharer.side.spec, text="0" * 16)
+        whole = Packet.parse(joined.packets(plan)[row])
+        assert sum(Packet.parse(blob).layout.section_sizes().values()) < 0.6 * whole.size
+        assert Packet.parse(blob).size - sum(Packet.parse(blob).layout.section_sizes().values()) < 1000
+    own = Own(receiver, PROMPTS)
+    (less,) = part.side.additions(own, PROMPTS, [part.receiver.unpack(0, blob) for blob in blobs])
+    (more,) = joined.side.additions(own, PROMPTS, joined.received(plan))
+    torch.testing.assert_close(less.added, more.added[[2, 5, 6, 7]], atol=1e-5, rtol=1e-5)
+    with pytest.raises(PacketError, match="keys or values that the receiver reads did not cross"):
+        joined.receiver.fuse(PROMPTS, [[joined.receiver.unpack(0, blob) for blob in blobs]])
+    fitted = part.sharer.plan(read.row(0), "12%", None)
+    assert len(part.sharer.encode_rows(THEIRS[:1], read.row(0), [fitted])[0]) <= Budget.parse("12%").bytes_for(
+        read.length[0], other_lm().spec
+    )
 
 
 def test_without_its_closed_slots_it_is_the_same(joined: Pair) -> None:

@@ -228,6 +228,15 @@ def test_unknown_codec() -> None:
     assert caught.value.field == "codecs"
 
 
+@pytest.mark.parametrize("lacking", [["int4:token", "none"], ["none", "int4:token"]])
+def test_keys_or_values_may_be_left_out_only_beside_a_text(lacking: list[str]) -> None:
+    with pytest.raises(PacketError, match="a cache has keys and values") as caught:
+        Packet.parse(remade(small_packet(), codecs=lacking))
+    assert caught.value.field == "codecs"
+    with pytest.raises(PacketError, match="one of both at least"):
+        Packet.parse(remade(small_packet(), codecs=["none", "none"], text="0" * 16))
+
+
 def test_another_models_fingerprint() -> None:
     other = replace(SPEC, fingerprint=replace(SPEC.fingerprint, weights="f" * 16))
     with pytest.raises(PacketError, match="weights differ.*load the model that made it"):

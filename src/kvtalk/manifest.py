@@ -99,8 +99,11 @@ class Manifest(_Strict):
         layer = LayerLayout(kv_heads, head_dim, first, span, kept, self._codec(keys), self._codec(values))
         if self.payload == "latent" and (kept == 0 or kv_heads != 1):
             raise PacketError("shapes", f"a latent without tokens or with several heads: {shape}")
-        if layer.keys == NOTHING or (layer.values == NOTHING) != (self.payload == "latent"):
-            raise PacketError("codecs", "a cache has keys and values, a latent has no values")
+        if self.payload == "latent" and (layer.keys == NOTHING or layer.values != NOTHING):
+            raise PacketError("codecs", "a latent has no values")
+        lacks = [layer.keys, layer.values].count(NOTHING)
+        if self.payload == "cache" and ((lacks and self.text is None) or (lacks == 2 and kept)):
+            raise PacketError("codecs", "a cache has keys and values, one of both at least where it names its text")
         try:
             layer.check_codecs()
         except CodecError as error:

@@ -21,7 +21,7 @@ import xxhash
 from torch import Tensor
 
 from kvtalk.cache import PADDING, KVCache, LayerCache, LayerSource, Prefix
-from kvtalk.codecs import codec
+from kvtalk.codecs import NOTHING, codec
 from kvtalk.errors import CacheError, CodecError, PacketError
 from kvtalk.layout import SECTIONS, LayerLayout, Layout
 from kvtalk.manifest import NO_SUM, VERSION, Manifest, data_start, header_bytes, read_manifest, verify
@@ -373,6 +373,8 @@ def _check_shapes(packet: Packet, spec: ModelSpec) -> None:
         narrower = spec.adapter is not None and layer.head_dim <= shape.head_dim
         if layer.kv_heads != shape.kv_heads or not (narrower or layer.head_dim == shape.head_dim):
             raise PacketError("shapes", "KV heads or head_dim are not those of the model that the packet names")
+        if layer.kept and not (shape.keys <= (layer.keys != NOTHING) and shape.values <= (layer.values != NOTHING)):
+            raise PacketError("codecs", "keys or values that the receiver reads did not cross")
 
 
 def _other_adapter(theirs: str | None, ours: str | None) -> str:
@@ -471,8 +473,9 @@ def _drafts(
 def _about(
     plan: Plan, spec: ModelSpec, layout: Layout, context: tuple[int, int, int], part: tuple[int, int]
 ) -> dict[str, Any]:
-    codecs = sorted({str(codec(plan.keys)), str(codec(plan.values))})
-    which = {name: codecs.index(str(codec(name))) for name in (plan.keys, plan.values)}
+    names = {name for layer in layout.layers for name in (layer.keys, layer.values)}
+    codecs = sorted({str(codec(name)) for name in names})
+    which = {name: codecs.index(str(codec(name))) for name in names}
     rows = [
         (*(layer.kv_heads, layer.head_dim, layer.first, layer.span, layer.kept), which[layer.keys], which[layer.values])
         for layer in layout.layers
@@ -551,7 +554,8 @@ def _write_part(
         keys, rope = layer.keys, spec.layers[begin + index].rope
         if plan.rope == "before" and rope is not None:
             keys = rotate(keys, table.angles(rope, layer.positions).inverse())
-        for side, tensor, name in (("key", keys, plan.keys), ("value", layer.values, plan.values)):
+        packed = drafts[rows[0]].layout.layers[index]
+        for side, tensor, name in (("key", keys, packed.keys), ("value", layer.values, packed.values)):
             try:
                 codes, scales = codec(name).encode(tensor.flatten(0, 1))
             except CodecError as error:

@@ -188,7 +188,8 @@ class Plan:
             sent = extent if index in chosen else Extent(0, 0, 0)
             kept = kept_count(self.keep, sent.tokens) if sent.tokens else 0
             size = (shape.kv_heads, shape.head_dim)
-            layer = LayerLayout(*size, sent.first, sent.span, kept, self.keys, self.values)
+            codecs = self.keys if shape.keys else NOTHING, self.values if shape.values else NOTHING
+            layer = LayerLayout(*size, sent.first, sent.span, kept, *codecs)
             layer.check_codecs()
             layers.append(layer)
         whole = all(extent.tokens == extent.span for extent in extents)
@@ -341,9 +342,9 @@ def estimate_distortion(cache: KVCache, sample: KVCache, spec: ModelSpec, plan: 
     """
     lost, all_values = 0.0, 0
     chosen = set(select_layers(plan.layers, len(spec.layers)))
-    noise = _noise_of_layers(sample, plan)
+    noise = _noise_of_layers(sample, spec, plan)
     for index, (layer, shape) in enumerate(zip(cache.layers, spec.layers, strict=True)):
-        values = layer.tokens * shape.kv_heads * shape.head_dim
+        values = layer.tokens * shape.kv_heads * shape.head_dim * (shape.keys + shape.values)
         if values == 0:
             continue
         share = kept_count(plan.keep, layer.tokens) / layer.tokens if index in chosen else 0.0
@@ -365,20 +366,22 @@ def _parse_keep(text: str) -> float | int:
     raise BudgetError(f"keep {text!r}: give a share like 50% or a number of tokens like 128")
 
 
-def _noise_of_layers(sample: KVCache, plan: Plan) -> list[float]:
-    """Share of each layer's energy that its codecs lose, keys and values averaged; layers of one shape in one go."""
+def _noise_of_layers(sample: KVCache, spec: ModelSpec, plan: Plan) -> list[float]:
+    """Share of each layer's energy that its codecs lose, keys and values averaged where both cross; layers of one shape
+    in one go."""
     found = [0.0] * len(sample.layers)
     groups: dict[tuple[int, ...], list[int]] = {}
     for index, layer in enumerate(sample.layers):
         if layer.tokens:
             groups.setdefault(tuple(layer.keys.shape), []).append(index)
     for which in groups.values():
-        for name, tensors in (
-            (plan.keys, [sample.layers[index].keys[0] for index in which]),
-            (plan.values, [sample.layers[index].values[0] for index in which]),
-        ):
-            for index, lost in zip(which, _noise(torch.stack(tensors), name), strict=True):
-                found[index] += lost / 2
+        for side, name in (("keys", plan.keys), ("values", plan.values)):
+            crossing = [index for index in which if getattr(spec.layers[index], side)]
+            if not crossing:
+                continue
+            tensors = torch.stack([getattr(sample.layers[index], side)[0] for index in crossing])
+            for index, lost in zip(crossing, _noise(tensors, name), strict=True):
+                found[index] += lost / (spec.layers[index].keys + spec.layers[index].values)
     return found
 
 

@@ -34,12 +34,16 @@ class LayerSpec:
         head_dim: channels of one head.
         window: how many of the last tokens a token can attend, itself included; None for all.
         rope: rotary frequencies of the keys; None where the layer has no positions.
+        keys: whether they are read at the receiver, and so cross.
+        values: the same of these.
     """
 
     kv_heads: int
     head_dim: int
     window: int | None
     rope: Rope | None
+    keys: bool = True
+    values: bool = True
 
 
 @dataclass(frozen=True)

@@ -237,10 +237,10 @@ class SharerSide:
         card.check_tokenizer(tokenizer)
         self.card, self.lm, self.tokenizer = card, lm, tokenizer
         self.geometry = geometry_of(card)
-        self.layers = sorted({self.geometry.layers[slot // 2] for slot in slots})
+        self.layers = sorted({layer for layer, _ in read_of(self.geometry, slots)})
         if not self.layers:
             raise AdapterError("every gate of this fuser is closed: it adds nothing")
-        self.spec = wire_spec(card, lm.spec)
+        self.spec = wire_spec(card, slots, lm.spec)
         self.predictor = None if predictor is None else predictor.to(lm.device)
 
     @torch.no_grad()
@@ -338,7 +338,7 @@ class ReceiverSide:
         self.geometry = geometry_of(card)
         self.fuser = beside(fuser.opened(), lm)
         self._parts = self.fuser.split(slots_at_once(lm.device.type, self.fuser))
-        self.spec = wire_spec(card, replace(lm.spec, fingerprint=card.sharer.fingerprint))
+        self.spec = wire_spec(card, self.fuser.slots, replace(lm.spec, fingerprint=card.sharer.fingerprint))
 
     def additions(self, own: Own, prompts: Sequence[Prompt], prefixes: Sequence[Prefix]) -> list[Addition]:
         """What the received caches add to the receiver's own, in the layers whose gates are open.
@@ -375,7 +375,7 @@ class ReceiverSide:
         pairs, columns = pairs.at(held), {layer: where[held] for layer, where in columns.items()}
         if not len(pairs.rows) or not self.fuser.slots:
             return []
-        slots = [(self.geometry.layers[slot // 2], slot % 2) for slot in self.fuser.slots]
+        slots = read_of(self.geometry, self.fuser.slots)
         there = sent(torch.stack([columns[layer] for layer, _ in slots]), self.lm.device)
         once, owners = pairs.once()
         once, rows, owners = once.to(self.lm.device), *sent(torch.stack([pairs.rows, owners]), self.lm.device)
@@ -619,10 +619,20 @@ def geometry_of(card: Card) -> FuserGeometry:
     return card.geometry
 
 
-def wire_spec(card: Card, spec: ModelSpec) -> ModelSpec:
-    """Geometry of what crosses: the sharer's layers, whose keys no one turns on the way."""
-    shape = geometry_of(card).sharer
-    return replace(spec, layers=(LayerSpec(shape.kv_heads, shape.head_dim, None, None),) * shape.layers)
+def read_of(geometry: FuserGeometry, slots: Sequence[int]) -> list[tuple[int, int]]:
+    """What slots read: index of the sharer's layer, and whether its keys (0) or values (1)."""
+    return [(geometry.layers[slot // 2], slot % 2) for slot in slots]
+
+
+def wire_spec(card: Card, slots: Sequence[int], spec: ModelSpec) -> ModelSpec:
+    """Geometry of what crosses: the sharer's layers, whose keys no one turns on the way, of each what slots read."""
+    geometry = geometry_of(card)
+    shape, read = geometry.sharer, set(read_of(geometry, slots))
+    layers = [
+        LayerSpec(shape.kv_heads, shape.head_dim, None, None, keys=(layer, 0) in read, values=(layer, 1) in read)
+        for layer in range(shape.layers)
+    ]
+    return replace(spec, layers=tuple(layers))
 
 
 def sharer_side(name: str | Path, sharer: LM) -> SharerSide:

@@ -193,7 +193,7 @@ def _latent_of(card: Card) -> int:
 
 
 def _latent_spec(card: Card, spec: ModelSpec, width: int | None) -> ModelSpec:
-    layer = LayerSpec(1, width or _latent_of(card), None, None)
+    layer = LayerSpec(1, width or _latent_of(card), None, None, values=False)
     return replace(spec, layers=(layer,), adapter=card.identity)
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from kvtalk.adapters.fuser import Fuser, FuserGeometry
-from kvtalk.adapters.fusing import Addition, averaged, bare_layers, own_vectors, placed_but_last, taken
+from kvtalk.adapters.fusing import Addition, averaged, bare_layers, own_vectors, placed_but_last, read_of, taken
 from kvtalk.cache import PADDING, KVCache, LayerCache
 from kvtalk.codecs import codec
 from kvtalk.device import sent
@@ -217,7 +217,7 @@ class Fusing:
         cache, _ = self.sharer.read_whole(batch.sharer)
         wanted = sorted(set(self.geometry.layers))
         layers = bare_layers(cache, self.sharer.spec, self.geometry, wanted)
-        pairs, slots = batch.pairs, [(self.geometry.layers[slot // 2], slot % 2) for slot in self.slots]
+        pairs, slots = batch.pairs, read_of(self.geometry, self.slots)
         columns = pairs.theirs + torch.tensor(batch.begins)[pairs.rows]
         missing = torch.zeros(len(slots), len(columns), dtype=torch.bool)
         if self.plan is not None:
