@@ -244,6 +244,31 @@ def test_a_predictor_is_fitted_by_the_command(
     refused(in_process("train", "predictor", "--fuser", tmp_path, "--data", rows), "not an adapter")
 
 
+def test_several_sharers_have_a_fuser_and_a_budget_each(
+    fusers: tuple[Path, Path], tiny_folder: Path, other_folder: Path, context: Path
+) -> None:
+    options = ("-r", tiny_folder, "-q", "Who keeps the eels?", "--max-new-tokens", 2)
+    both = ("ask", "-s", other_folder, "-s", tiny_folder, *options)
+    fused = (*both, "--fuser", fusers[0], "--fuser", fusers[1])
+
+    def sizes(*budgets: str) -> list[int]:
+        run = in_process(*fused, "--json", *(word for budget in budgets for word in ("-b", budget)))
+        assert run.returncode == 0, run.stderr
+        fused_row, alone = json.loads(run.stdout).values()
+        assert sum(fused_row["each"]) == fused_row["bytes"] > alone["bytes"] == 0
+        return fused_row["each"]
+
+    one, other = sizes("4KB", "3KB")
+    assert one <= 4000 < sizes("8KB")[0]
+    assert other <= 3000 < sizes("8KB", "8KB")[1]
+    shown = in_process(*fused, "-b", "4KB").stdout
+    assert f"({' + '.join(f'{size:,}' for size in sizes('4KB'))})" in shown
+    refused(in_process(*both, "--fuser", fusers[0]), "1 fusers for 2 sharers: give one for each")
+    refused(in_process(*fused, "-b", "1KB", "-b", "1KB", "-b", "1KB"), "3 budgets for 2 sharers: give one for each, or")
+    refused(in_process(*both, "-c", context), "need a --fuser for each sharer")
+    refused(in_process("ask", *options, "-c", context, "-b", "1KB", "-b", "2KB"), "need a --fuser for each sharer")
+
+
 def test_a_trained_fuser_is_evaluated_with_its_controls(
     fusers: tuple[Path, Path], tiny_folder: Path, other_folder: Path, tmp_path: Path
 ) -> None:

@@ -56,6 +56,15 @@ BudgetOption = Annotated[
     str | None,
     typer.Option("--budget", "-b", help="Bytes that may cross: 200KB, 1MiB; 4bits a value; 25% of the bf16 cache."),
 ]
+BudgetsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--budget",
+        "-b",
+        help="Bytes that may cross: 200KB, 1MiB; 4bits a value; 25% of the bf16 cache. Of several sharers one for all, "
+        "or one for each, in order.",
+    ),
+]
 PlanOption = Annotated[
     str | None,
     typer.Option(
@@ -73,6 +82,15 @@ TemperatureOption = Annotated[
 SeedOption = Annotated[int, typer.Option("--seed", help="Of sampling and of the random token policy.")]
 SharerOption = Annotated[
     str, typer.Option("--sharer", "-s", help="Model that reads: bundled name, folder, .gguf file or hub id.")
+]
+SharersOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--sharer",
+        "-s",
+        help="Model that reads: bundled name, folder, .gguf file or hub id; by default gemma3-270m. Repeat for "
+        "several, with a --fuser each.",
+    ),
 ]
 ReceiverOption = Annotated[
     str | None, typer.Option("--receiver", "-r", help="Model that answers; by default the sharer's.")
@@ -93,6 +111,14 @@ FuserOption = Annotated[
         "--fuser",
         help="Both models read the question, and this fuser enriches the receiver's cache by the sharer's: folder, hub "
         "id, or the name of one that comes with kvtalk.",
+    ),
+]
+FusersOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--fuser",
+        help="All models read the question, and this fuser enriches the receiver's cache by the sharer's: folder, hub "
+        "id, or the name of one that comes with kvtalk. Of several sharers one for each, in order.",
     ),
 ]
 SelfFuserOption = Annotated[
@@ -140,11 +166,11 @@ TimeOption = Annotated[
 def ask(
     question: QuestionOption,
     context: AskedContextOption = None,
-    sharer: SharerOption = DEFAULT_MODEL,
+    sharer: SharersOption = None,
     receiver: ReceiverOption = None,
     adapter: AdapterOption = None,
-    fuser: FuserOption = None,
-    budget: BudgetOption = None,
+    fuser: FusersOption = None,
+    budget: BudgetsOption = None,
     plan: PlanOption = None,
     max_new_tokens: TokensOption = 48,
     temperature: TemperatureOption = 0.0,
@@ -161,19 +187,22 @@ def ask(
     """
     text = None if context is None else read_text(context)
     chosen = _plan(plan, seed)
-    if fuser is not None:
-        _ask_fused(fuser, sharer, receiver, text, question, budget, chosen, max_new_tokens, as_json)
+    sharers = sharer or [DEFAULT_MODEL]
+    if fuser:
+        _ask_fused(fuser, sharers, receiver, text, question, budget or [], chosen, max_new_tokens, as_json)
         return
+    if len(sharers) > 1 or len(budget or []) > 1:
+        raise InputError("several sharers, or a budget for each, need a --fuser for each sharer")
     if text is None:
         raise InputError("give --context: a file, a text, or - for standard input")
     with _loading():
-        link = _link(sharer, receiver, adapter)
+        link = _link(sharers[0], receiver, adapter)
         link.warm_up()
     options = _sampling(temperature, seed)
     answer = link.ask(
         text,
         question,
-        budget=budget,
+        budget=budget[0] if budget else None,
         plan=chosen,
         max_new_tokens=max_new_tokens,
         streamer=None if as_json else _streamer(link.receiver),
@@ -684,23 +713,26 @@ def _evaluated(
 
 
 def _ask_fused(
-    fuser: str,
-    sharer: str,
+    fusers: list[str],
+    sharers: list[str],
     receiver: str | None,
     text: str | None,
     question: str,
-    budget: str | None,
+    budgets: list[str],
     plan: Plan | None,
     tokens: int,
     as_json: bool,
 ) -> None:
-    from kvtalk.fusion import FusedLink
+    from kvtalk.fusion import Fusion
+    from kvtalk.link import Receiver
 
     with _loading():
-        link = FusedLink(sharer, receiver or sharer, fuser)
-        link.fusion.ask("A question?", max_new_tokens=2)
-    answer = link.fusion.ask(question, text, budget=budget, plan=plan, max_new_tokens=tokens)
-    rows = {"fused": answer, "receiver alone": link.receiver.answer_text(text, question, max_new_tokens=tokens)}
+        fusion = Fusion(receiver or sharers[0], sharers, fusers)
+        fusion.ask("A question?", max_new_tokens=2)
+    budget = budgets if len(budgets) > 1 else budgets[0] if budgets else None
+    answer = fusion.ask(question, text, budget=budget, plan=plan, max_new_tokens=tokens)
+    alone = Receiver(fusion.receiver.lm).answer_text(text, question, max_new_tokens=tokens)
+    rows = {"fused": answer, "receiver alone": alone}
     if as_json:
         out.print_json(json.dumps({name: _as_dict(row) for name, row in rows.items()}))
         return
@@ -813,7 +845,8 @@ def _answers_table(rows: dict[str, Answer], text: str) -> Table:
 def _print_phases(made: Answer) -> None:
     cost = made.cost
     bits = f", {cost.bits_per_value:.2f} bits per value" if cost.bits_per_value else ""
-    out.print(f"the cache's way: {cost.bytes:,} bytes{bits}")
+    each = f" ({' + '.join(f'{size:,}' for size in cost.each)})" if cost.each else ""
+    out.print(f"the cache's way: {cost.bytes:,} bytes{each}{bits}")
     if made.plan is not None:
         out.print(f"plan: {made.plan}", highlight=False)
     table = Table("phase", "ms")

@@ -31,6 +31,9 @@ from kvtalk.models import LM
 from kvtalk.placement import PlacedCache
 from kvtalk.planning import LADDER, LAST_RESORT, Budget, Plan, fit
 
+Budgets = Budget | str | Sequence[Budget | str] | None
+"""Of all sharers alike, or of each."""
+
 
 class FusedSharer:
     """The side that lends its cache of the prompt; holds no weight and no cache of the receiver.
@@ -210,7 +213,7 @@ class Fusion:
         question: str,
         context: str | None = None,
         *,
-        budget: Budget | str | None = None,
+        budget: Budgets = None,
         plan: Plan | None = None,
         max_new_tokens: int = 48,
         **options: Any,
@@ -220,7 +223,7 @@ class Fusion:
         Args:
             question: read by all.
             context: a text before it, read by all.
-            budget: bytes that may cross, of each sharer.
+            budget: bytes that may cross from each sharer; a list has one for each.
             plan: what of a sharer's cache to send and how; by default the best that fits the budget.
             max_new_tokens: at most so many.
             options: for `transformers`' ``generate``.
@@ -250,7 +253,7 @@ class Fusion:
         theirs: Sequence[Prompt],
         ours: Prompt,
         *,
-        budget: Budget | str | None = None,
+        budget: Budgets = None,
         plan: Plan | None = None,
         max_new_tokens: int = 48,
         turns: Turns | None = None,
@@ -271,25 +274,43 @@ class Fusion:
             KVTalkError: the prompts, budget or pair of models cannot be used.
         """
         turns = turns or Turns(Earlier(), [Earlier() for _ in self.sharers])
-        size, bits, tokens, sent = 0, 0.0, 0, []
+        budgets = self._budgets(budget)
+        sizes: list[int] = []
+        bits, tokens, sent = 0.0, 0, []
         used: Plan | None = None
         clock = _Clock(self.receiver.lm)
-        for number, (sharer, prompt, earlier) in enumerate(zip(self.sharers, theirs, turns.theirs, strict=True)):
+        every = zip(self.sharers, theirs, turns.theirs, budgets, strict=True)
+        for number, (sharer, prompt, earlier, allowed) in enumerate(every):
             cache = sharer.read(prompt, earlier=earlier)
             clock.lap("prefill")
-            used = sharer.plan(cache, budget, plan)
+            used = sharer.plan(cache, allowed, plan)
             blob = sharer.encode_rows([prompt], cache, [used])[0]
             clock.lap("encode")
             sent.append([self.receiver.unpack(number, blob)])
             clock.lap("decode")
-            size, bits = size + len(blob), bits + sharer.bits(blob, cache.length[0])
-            tokens += cache.length[0]
+            sizes.append(len(blob))
+            bits, tokens = bits + sharer.bits(blob, cache.length[0]), tokens + cache.length[0]
         last, placed = self.receiver.fuse([ours], sent, turns.ours)
         clock.lap("place")
         made = self.receiver.lm.generate(last, placed, max_new_tokens=max_new_tokens, **options)[0]
         turns.ours = Earlier(placed, list(made.ids[-1:]))
-        cost = Cost(size, bits, tokens, **clock.seconds, first_token=made.first_token_seconds, rest=made.rest_seconds)
-        return Answer(made.text, made, cost, used)
+        seconds = {**clock.seconds, "first_token": made.first_token_seconds, "rest": made.rest_seconds}
+        each = tuple(sizes) if len(sizes) > 1 else ()
+        return Answer(made.text, made, Cost(sum(sizes), bits, tokens, **seconds, each=each), used)
+
+    def _budgets(self, budget: Budgets) -> list[Budget | str | None]:
+        """Of each sharer.
+
+        Raises:
+            BudgetError: another number of them.
+        """
+        if budget is None or isinstance(budget, Budget | str):
+            return [budget] * len(self.sharers)
+        if len(budget) != len(self.sharers):
+            raise BudgetError(
+                f"{len(budget)} budgets for {len(self.sharers)} sharers: give one for each, or one for all"
+            )
+        return list(budget)
 
 
 @dataclass

@@ -38,6 +38,7 @@ class Cost:
         place: seconds to turn its keys and put it before the prompt; layer by layer in turns with decoding.
         first_token: seconds from there to the first token of the answer.
         rest: seconds for the rest of the answer.
+        each: of several sharers, the bytes of each.
     """
 
     bytes: int
@@ -49,6 +50,7 @@ class Cost:
     place: float = 0.0
     first_token: float = 0.0
     rest: float = 0.0
+    each: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
