@@ -118,6 +118,30 @@ def rotate_layers(
     return turned
 
 
+def rotate_stack(stack: Tensor, ropes: Sequence[Rope | None], positions: Tensor, inverse: bool = False) -> Tensor:
+    """Rotate a stack of layers, in as many operations whatever their number: on a GPU each is a launch.
+
+    Args:
+        stack: ``[layers, kv_heads, tokens, head_dim]``.
+        ropes: of each layer; None leaves it as it is.
+        positions: ``[tokens]``, the same for all layers, on the device of the stack.
+        inverse: take the rotation off.
+    """
+    turned = stack
+    for size in sorted({rope.rotary_dim for rope in ropes if rope is not None}):
+        which = [index for index, rope in enumerate(ropes) if rope is not None and rope.rotary_dim == size]
+        kinds = list(dict.fromkeys(ropes[index] for index in which))
+        table = torch.tensor([rope.frequencies for rope in kinds if rope is not None])
+        of_layer = torch.tensor([[index, kinds.index(ropes[index])] for index in which]).T
+        layers, kind = sent(of_layer, stack.device)
+        radians = positions[:, None].to(torch.float32) * sent(table, stack.device)[:, None, None]
+        cos, sin = (values.index_select(0, kind) for values in (radians.cos(), radians.sin()))
+        angles = Angles(cos, sin)
+        keys = rotate(stack.index_select(0, layers), angles.inverse() if inverse else angles)
+        turned = turned.index_copy(0, layers, keys)
+    return turned
+
+
 class AngleTable:
     """Angles computed once for all layers that share frequencies and positions."""
 

@@ -31,7 +31,7 @@ from kvtalk.models import LM
 from kvtalk.placement import PlacedCache, PlacedLayer, place
 from kvtalk.planning import Plan
 from kvtalk.prompts import PromptFormat, has_chat_template, render
-from kvtalk.rope import rotate_layers
+from kvtalk.rope import rotate_layers, rotate_stack
 from kvtalk.selection.tokens import FORETOLD
 from kvtalk.spec import LayerSpec, ModelSpec, tokenizer_digest
 
@@ -678,5 +678,4 @@ def _turned(vectors: Tensor, slots: Sequence[int], spec: ModelSpec, positions: T
     """Keys and values of some tokens, ``[slots, tokens, width]``, keys rotated to their positions or back."""
     heads = vectors.reshape(*vectors.shape[:2], spec.layers[0].kv_heads, -1).transpose(1, 2)
     ropes = [None if slot % 2 else spec.layers[slot // 2].rope for slot in slots]
-    turned = rotate_layers(torch.split(heads, 1), ropes, positions, inverse)
-    return torch.cat(turned).transpose(1, 2).flatten(2)
+    return rotate_stack(heads, ropes, positions, inverse).transpose(1, 2).flatten(2)
