@@ -52,7 +52,10 @@ def main() -> None:
     encoder, decoder = (
         half.to(receiver.device).eval() for half in (load_encoder(card, folder), load_decoder(card, folder))
     )
-    pair, batches = Pair(sharer, receiver), Batches(text, sharer, receiver, Recipe(), card.geometry.latent)
+    pair, batches = (
+        Pair(sharer, receiver, card.geometry.pool),
+        Batches(text, sharer, receiver, Recipe(), card.geometry.latent),
+    )
     found: dict[str, list[float]] = {}
     ways = [way for way in WAYS if int(way.split()[0]) <= card.geometry.latent]
     for start in range(0, options.passages, 16):

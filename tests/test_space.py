@@ -238,7 +238,7 @@ def test_a_new_half_begins_at_the_best_linear_map_to_the_one_that_is_there() -> 
     y = x @ (torch.randn(96, 16) / 10) @ torch.randn(16, 64) * torch.linspace(0.5, 2, 64) - 1
     there = Translator(Geometry(96, 2, 64, width=64, latent=64, bottleneck=8))
     tokens = torch.arange(1000)[None]
-    pairing = Pairing(tokens, torch.full((1, 1000, 3), 15))
+    pairing = Pairing(tokens, torch.full((1, 1000, 3), 15), torch.tensor([1000]))
     with torch.no_grad():
         for half, values in ((there.encoder, x), (there.decoder, y)):
             half.mean.copy_(values.mean(0) + 0.1)

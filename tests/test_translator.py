@@ -424,7 +424,7 @@ def test_a_translator_begins_at_the_best_linear_map_of_every_width():
     translator = Translator(Geometry(96, 2, 64, width=64, latent=64, bottleneck=8))
     begin_linear(translator, zip(x.split(2000), y.split(2000), strict=True))
     tokens = torch.arange(1000)[None]
-    latents = translator.encoder(x[None, :1000], Pairing(tokens, torch.full((1, 1000, 3), 15)))
+    latents = translator.encoder(x[None, :1000], Pairing(tokens, torch.full((1, 1000, 3), 15), torch.tensor([1000])))
     standard = (y - y.mean(0)) / y.std(0)
     energy = torch.linalg.svdvals(standard).square()
     for width in (64, 16, 8, 4):

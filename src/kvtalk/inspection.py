@@ -38,12 +38,13 @@ def table(packet: Packet) -> Table:
     shown.add_row("size", f"{packet.size:,} bytes ({packet.size - sum(sections.values())} of them overhead)")
     if manifest.adapter:
         width = packet.layout.layers[0].head_dim
-        shown.add_row("latents", f"{width} numbers a token, {packet.size / tokens:.1f} bytes")
+        shown.add_row("latents", f"{manifest.longest} of {width} numbers, {packet.size / tokens:.1f} bytes a token")
         shown.add_row("adapter", manifest.adapter)
     else:
         shown.add_row("bits per value", f"{bits_per_covered_value(packet):.3f}")
     shown.add_row("context", f"{tokens} tokens, positions {manifest.start} to {manifest.end - 1}")
-    shown.add_row("kept", f"at most {manifest.longest} tokens a layer")
+    if not manifest.adapter:
+        shown.add_row("kept", f"at most {manifest.longest} tokens a layer")
     sent = packet.layout.sent_layers
     shown.add_row("layers", f"{len(sent)} of {manifest.covers[2]} ({_ranges(sent)})")
     used = sorted({(layer.keys, layer.values) for layer in packet.layout.layers if layer.kept})

@@ -101,7 +101,7 @@ def rotate_layers(
     Args:
         keys: of each layer, ``[batch, kv_heads, tokens, head_dim]``.
         ropes: of each layer; None leaves it as it is.
-        positions: ``[tokens]``, the same for all rows, on the device of the keys.
+        positions: ``[tokens]``, the same for all rows, or ``[batch, tokens]``, on the device of the keys.
         inverse: take the rotation off.
     """
     groups: dict[tuple[Rope, torch.Size], list[int]] = {}
@@ -111,8 +111,8 @@ def rotate_layers(
     turned = list(keys)
     for (rope, _), which in groups.items():
         angles = rope.angles(positions)
-        joined = torch.cat([keys[index] for index in which])
-        parts = rotate(joined, angles.inverse() if inverse else angles).chunk(len(which))
+        joined = torch.cat([keys[index] for index in which], dim=1)
+        parts = rotate(joined, angles.inverse() if inverse else angles).chunk(len(which), dim=1)
         for index, part in zip(which, parts, strict=True):
             turned[index] = part
     return turned

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from kvtalk import bundled
 from kvtalk.adapters.store import Card, Part, is_matrix, load_decoder, load_encoder, read_card
-from kvtalk.adapters.translator import Decoder, Encoder, Geometry, pair
+from kvtalk.adapters.translator import Decoder, Encoder, Geometry, last_tokens, latent_count, pair
 from kvtalk.adapters.vectors import from_vectors, lead, to_vectors
 from kvtalk.alignment.tokens import tokenize
 from kvtalk.cache import PADDING, KVCache, LayerCache, Prefix
@@ -51,24 +51,23 @@ class SharerHalf:
     @property
     def latent(self) -> int:
         """Numbers of a whole latent."""
-        return _latent_of(self.card)
+        return _sizes(self.card).latent
 
     @torch.inference_mode()
     def read(self, contexts: Sequence[str]) -> KVCache:
-        """Latents of contexts: a cache of one layer, each token's latent in the place of its key.
+        """Latents of contexts: a cache of one layer, each latent in the place of a key.
 
-        Positions are those of the receiver's tokens, from 0.
+        Positions number the latents from 0; the length is the receiver's tokens.
         """
         head = lead(self.lm)
         theirs, ours = tokenize(self.lm.tokenizer, contexts), tokenize(self.tokenizer, contexts)
         cache, _ = self.lm.read_whole([head + one.ids for one in theirs])
         vectors = to_vectors(cache, self.lm.spec, len(head))
-        latents = self.encoder(vectors, pair(theirs, ours).to(self.lm.device))
-        counts = torch.tensor([len(one.ids) for one in ours])
-        steps = torch.arange(latents.shape[1])
-        positions = torch.where(steps < counts[:, None], steps, PADDING)
-        latents = latents[:, None]
-        return KVCache((LayerCache(latents, latents, positions),), tuple(counts.tolist()))
+        pairing = pair(theirs, ours)
+        latents = self.encoder(vectors, pairing.to(self.lm.device))[:, None]
+        steps = torch.arange(latents.shape[2])
+        positions = torch.where(steps < latent_count(pairing.counts, self.encoder.pool)[:, None], steps, PADDING)
+        return KVCache((LayerCache(latents, latents, positions),), tuple(pairing.counts.tolist()))
 
     def plan(self, plan: Plan | None) -> Plan:
         """What of a plan applies to latents: their width, one codec, and which tokens.
@@ -110,7 +109,7 @@ class ReceiverHalf:
         """
         card.check("receiver", lm.spec)
         self.card, self.lm = card, lm
-        self.decoder = beside(decoder, lm)
+        self.decoder, self.pool = beside(decoder, lm), _sizes(card).pool
         self.spec = _latent_spec(card, replace(lm.spec, fingerprint=card.sharer.fingerprint), None)
 
     @torch.inference_mode()
@@ -118,12 +117,13 @@ class ReceiverHalf:
         """Latents, unpacked, as prefixes of the receiver's own kind.
 
         Raises:
-            PacketError: more tokens than the receiver reads, or latents that decode to no numbers.
+            PacketError: more tokens than the receiver reads, latents beyond the last token's, or latents that decode to
+                no numbers.
         """
         longest = max((prefix.length for prefix in prefixes), default=0)
         if longest > self.lm.spec.max_positions:
             raise PacketError("end", f"{longest} tokens, {self.lm.name} reads at most {self.lm.spec.max_positions}")
-        found = [_latents(prefix, self.lm.device) for prefix in prefixes]
+        found = [self._latents(prefix) for prefix in prefixes]
         made: list[Prefix | None] = [None] * len(found)
         for width in {latents.shape[2] for latents, _ in found}:
             rows = [row for row, (latents, _) in enumerate(found) if latents.shape[2] == width]
@@ -135,6 +135,18 @@ class ReceiverHalf:
             for row, cache in zip(rows, from_vectors(vectors, counts, self.lm.spec).rows(), strict=True):
                 made[row] = _at(cache, found[row][1], prefixes[row])
         return [prefix for prefix in made if prefix is not None]
+
+    def _latents(self, prefix: Prefix) -> tuple[Tensor, Tensor]:
+        """One sequence's latents ``[1, latents, width]`` and where each stands at the receiver, ``[1, latents]``."""
+        layer, *others = prefix.layers
+        if others:
+            raise PacketError("covers", "a latent has one layer")
+        if bool((layer.positions >= latent_count(prefix.length, self.pool)).any()):
+            raise PacketError("end", f"{prefix.length} tokens have fewer latents, at {self.pool} tokens each")
+        size = (1, 1, layer.positions.shape[1], layer.shape[1])
+        latents = torch.empty(size, dtype=torch.float32, device=self.lm.device)
+        layer.keys_into(latents)
+        return latents[:, 0], last_tokens(layer.positions, torch.tensor([prefix.length]), self.pool)
 
 
 def both_halves(name: str | Path, sharer: LM, receiver: LM) -> tuple[SharerHalf, ReceiverHalf]:
@@ -187,28 +199,17 @@ def beside(part: Part, lm: LM) -> Part:
     return part.to(lm.device).eval()
 
 
-def _latent_of(card: Card) -> int:
+def _sizes(card: Card) -> Geometry:
     assert isinstance(card.geometry, Geometry)
-    return card.geometry.latent
+    return card.geometry
 
 
 def _latent_spec(card: Card, spec: ModelSpec, width: int | None) -> ModelSpec:
-    layer = LayerSpec(1, width or _latent_of(card), None, None, values=False)
+    layer = LayerSpec(1, width or _sizes(card).latent, None, None, values=False)
     return replace(spec, layers=(layer,), adapter=card.identity)
 
 
-def _latents(prefix: Prefix, device: torch.device) -> tuple[Tensor, Tensor]:
-    """One sequence's latents ``[1, tokens, width]`` and the positions of its tokens ``[1, tokens]``."""
-    layer, *others = prefix.layers
-    if others:
-        raise PacketError("covers", "a latent has one layer")
-    size = (1, 1, layer.positions.shape[1], layer.shape[1])
-    latents = torch.empty(size, dtype=torch.float32, device=device)
-    layer.keys_into(latents)
-    return latents[:, 0], layer.positions
-
-
 def _at(cache: KVCache, positions: Tensor, prefix: Prefix) -> Prefix:
-    """A decoded cache at the positions that its latents had."""
+    """A decoded cache at the positions of its latents."""
     layers = tuple(replace(layer, positions=positions) for layer in cache.layers)
     return Prefix(layers, prefix.start, prefix.length, positions.shape[1], cache.rotated)

@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 
 from kvtalk.adapters.fuser import Fuser, FuserGeometry, Shape
 from kvtalk.adapters.predictor import Predictor
-from kvtalk.adapters.translator import Decoder, Encoder, Geometry, Translator, joined
+from kvtalk.adapters.translator import Decoder, Encoder, Geometry, Translator, by_name, joined
 from kvtalk.codecs import codec
 from kvtalk.codecs.registry import CODECS
 from kvtalk.errors import AdapterError, CodecError
@@ -112,7 +112,8 @@ class Card:
     @property
     def identity(self) -> str:
         """What packets name: a digest of everything but space and facts."""
-        content = {key: value for key, value in asdict(self).items() if key not in ("space", "facts")}
+        content = asdict(self, dict_factory=by_name)
+        content = {key: value for key, value in content.items() if key not in ("space", "facts")}
         return str(xxhash.xxh3_64_hexdigest(json.dumps(content, sort_keys=True).encode()))
 
     @property
@@ -307,7 +308,7 @@ def _write(folder: Path, blobs: Mapping[str, bytes], card: Card) -> Card:
 
 
 def _write_card(folder: Path, card: Card) -> None:
-    (folder / CARD).write_text(json.dumps(asdict(card), indent=1, ensure_ascii=False), "utf-8")
+    (folder / CARD).write_text(json.dumps(asdict(card, dict_factory=by_name), indent=1, ensure_ascii=False), "utf-8")
 
 
 def add_predictor(folder: Path, predictor: Predictor, facts: dict[str, Any] | None = None) -> Card:

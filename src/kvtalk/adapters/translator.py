@@ -1,13 +1,15 @@
 """A cache of one model becomes a cache of another: an encoder beside the sharer, a decoder beside the receiver.
 
-The encoder turns the sharer's cache into one latent vector for each of the *receiver's* tokens; only latents cross.
-The decoder turns them into un-rotated keys and values of every receiver layer. A latent may be cut to its first
-numbers (widths are trained together, as nested representations, arXiv 2205.13147).
+The encoder turns the sharer's cache into one latent vector for each of the *receiver's* tokens, or for each group of
+so many of them (its pool); only latents cross. The decoder turns them into un-rotated keys and values of every receiver
+layer, one token's for each latent. A latent may be cut to its first numbers (widths are trained together, as nested
+representations, arXiv 2205.13147).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -19,10 +21,13 @@ from kvtalk.codecs import codec
 from kvtalk.device import sent
 from kvtalk.errors import AdapterError, AlignmentError
 
+Count = TypeVar("Count", int, Tensor)
+
 HEAD = 64
 """Channels of an attention head of the adapter's own blocks."""
 
 _LARGEST = 1 << 20
+_MOST_POOLED = 64
 _FARTHEST = 15
 """Distances between a receiver token's borders and its sharer token's are counted in characters up to this."""
 
@@ -39,9 +44,10 @@ class Geometry:
         latent: numbers of a whole latent.
         sharer_blocks: causal transformer blocks over the sharer's tokens, before the tokens are aligned.
         encoder_blocks: over the receiver's tokens, still beside the sharer.
-        decoder_blocks: over the receiver's tokens, beside the receiver.
+        decoder_blocks: over the latents, beside the receiver.
         expansion: hidden channels of a block's MLP over ``width``.
         bottleneck: hidden channels of each receiver layer's nonlinear head.
+        pool: consecutive receiver tokens that give one latent, which takes one place in the receiver's cache.
     """
 
     sharer_values: int
@@ -54,6 +60,7 @@ class Geometry:
     decoder_blocks: int = 2
     expansion: float = 2.0
     bottleneck: int = 96
+    pool: int = 1
 
     def __post_init__(self) -> None:
         """Refuse sizes that cannot be.
@@ -68,8 +75,15 @@ class Geometry:
             raise AdapterError(f"width {self.width}: must be a multiple of {HEAD}")
         if not 16 <= self.latent <= 4096 or self.latent % 8:
             raise AdapterError(f"latent {self.latent}: must be a multiple of 8 from 16 to 4,096")
+        if not 1 <= self.pool <= _MOST_POOLED:
+            raise AdapterError(f"pool {self.pool}: must be a number of tokens from 1 to {_MOST_POOLED}")
         if not self.receiver_layers or self.receiver_values % self.receiver_layers:
             raise AdapterError("the receiver's layers must all be of one shape")
+
+
+def by_name(sizes: list[tuple[str, Any]]) -> dict[str, Any]:
+    """What ``asdict`` makes of sizes; a pool of 1 is left out, so that what is older than pools stays what it is."""
+    return {name: value for name, value in sizes if (name, value) != ("pool", 1)}
 
 
 def joined(encoder: Geometry, decoder: Geometry) -> Geometry:
@@ -78,7 +92,7 @@ def joined(encoder: Geometry, decoder: Geometry) -> Geometry:
     Raises:
         AdapterError: their latents are of other sizes, or what one translator has the same on both sides is not.
     """
-    for name in ("latent", "width", "expansion"):
+    for name in ("latent", "width", "expansion", "pool"):
         ours, theirs = getattr(encoder, name), getattr(decoder, name)
         if ours != theirs:
             raise AdapterError(f"{name} {ours} of the encoder and {theirs} of the decoder: train both with the same")
@@ -99,14 +113,16 @@ class Pairing:
         index: ``[batch, receiver tokens]``, int64; 0 for padding.
         place: ``[batch, receiver tokens, 3]``, int64: how the receiver token lies within the sharer token, see
             :func:`pair`.
+        counts: receiver tokens of each row, ``[batch]``, int64.
     """
 
     index: Tensor
     place: Tensor
+    counts: Tensor
 
     def to(self, device: torch.device | str) -> Pairing:
         """On another device."""
-        return Pairing(sent(self.index, device), sent(self.place, device))
+        return Pairing(*(sent(part, device) for part in (self.index, self.place, self.counts)))
 
 
 def pair(sharer: list[Tokenized], receiver: list[Tokenized]) -> Pairing:
@@ -121,7 +137,8 @@ def pair(sharer: list[Tokenized], receiver: list[Tokenized]) -> Pairing:
     Raises:
         AlignmentError: no token of a row overlaps: the texts differ.
     """
-    longest = max(len(one.ids) for one in receiver)
+    counts = torch.tensor([len(one.ids) for one in receiver])
+    longest = int(counts.max())
     index = torch.zeros(len(receiver), longest, dtype=torch.long)
     place = torch.zeros(len(receiver), longest, 3, dtype=torch.long)
     for row, (theirs, ours) in enumerate(zip(sharer, receiver, strict=True)):
@@ -136,7 +153,42 @@ def pair(sharer: list[Tokenized], receiver: list[Tokenized]) -> Pairing:
         columns = torch.stack([torch.from_numpy(begin), torch.from_numpy(end), repeat], dim=1)
         index[row, : len(which)] = torch.from_numpy(which)
         place[row, : len(which)] = columns.clamp(-_FARTHEST, _FARTHEST) + _FARTHEST
-    return Pairing(index, place)
+    return Pairing(index, place, counts)
+
+
+def grouped(tokens: Tensor, counts: Tensor, pool: int) -> Tensor:
+    """Consecutive tokens side by side; a row's last token stands for what its last group lacks, too.
+
+    Args:
+        tokens: ``[batch, tokens, channels]``, right-padded.
+        counts: tokens of each row, ``[batch]``, on the same device.
+        pool: tokens of a group.
+
+    Returns:
+        ``[batch, groups, pool, channels]``.
+    """
+    if pool == 1:
+        return tokens[:, :, None]
+    batch, longest, channels = tokens.shape
+    steps = torch.arange(latent_count(longest, pool) * pool, device=tokens.device)
+    index = steps.minimum(counts[:, None] - 1)
+    return tokens.gather(1, index[:, :, None].expand(-1, -1, channels)).view(batch, -1, pool, channels)
+
+
+def latent_count(tokens: Count, pool: int) -> Count:
+    """Latents of so many tokens; the last may stand for fewer."""
+    return -(-tokens // pool)
+
+
+def last_tokens(numbers: Tensor, counts: Tensor, pool: int) -> Tensor:
+    """Where the last token of each group stands in its text.
+
+    Args:
+        numbers: of the groups, from 0; −1 for padding, which it stays; ``[batch, groups]``.
+        counts: tokens of each row, ``[batch]``.
+        pool: tokens of a group.
+    """
+    return ((numbers + 1) * pool).minimum(counts[:, None]) - 1
 
 
 class Block(nn.Module):
@@ -192,14 +244,14 @@ class Encoder(nn.Module):
 
     def __init__(self, geometry: Geometry) -> None:
         super().__init__()
-        width = geometry.width
+        width, self.pool = geometry.width, geometry.pool
         self.register_buffer("mean", torch.zeros(geometry.sharer_values))
         self.register_buffer("scale", torch.ones(geometry.sharer_values))
         self.inward = nn.Linear(geometry.sharer_values, width, bias=False)
         self.sharer_blocks = _blocks(geometry, geometry.sharer_blocks)
         self.place = nn.Parameter(torch.zeros(3, 2 * _FARTHEST + 1, width))
         self.blocks = _blocks(geometry, geometry.encoder_blocks)
-        self.latent = nn.Linear(width, geometry.latent, bias=False)
+        self.latent = nn.Linear(self.pool * width, geometry.latent, bias=False)
 
     def forward(self, vectors: Tensor, pairing: Pairing) -> Tensor:
         """Latents.
@@ -210,7 +262,7 @@ class Encoder(nn.Module):
             pairing: which of its tokens each receiver token is made of.
 
         Returns:
-            ``[batch, receiver tokens, latent]``, float32.
+            ``[batch, groups of receiver tokens, latent]``, float32.
         """
         mean, scale = self.mean.to(vectors.dtype), self.scale.to(vectors.dtype)
         hidden = _linear(self.inward, (vectors - mean) / scale).float()
@@ -218,7 +270,8 @@ class Encoder(nn.Module):
         hidden = hidden.gather(1, pairing.index[:, :, None].expand(-1, -1, hidden.shape[2]))
         for number, table in enumerate(self.place):
             hidden = hidden + F.embedding(pairing.place[:, :, number], table)
-        return _linear(self.latent, _through(self.blocks, hidden)).float()
+        hidden = grouped(_through(self.blocks, hidden), pairing.counts, self.pool)
+        return _linear(self.latent, hidden.flatten(2)).float()
 
 
 class Decoder(nn.Module):
@@ -243,10 +296,10 @@ class Decoder(nn.Module):
         """Un-rotated keys and values of the receiver.
 
         Args:
-            latents: ``[batch, tokens, width]``, of any width up to a whole latent's.
+            latents: ``[batch, latents, width]``, of any width up to a whole latent's.
 
         Returns:
-            ``[batch, tokens, receiver_values]``, float32, see :func:`kvtalk.adapters.vectors.from_vectors`.
+            ``[batch, latents, receiver_values]``, float32, see :func:`kvtalk.adapters.vectors.from_vectors`.
         """
         return torch.addcmul(self.mean, self.standardised(latents), self.scale)
 

@@ -24,6 +24,7 @@ import transformers
 
 import kvtalk
 from kvtalk.adapters.store import Card
+from kvtalk.adapters.translator import by_name
 from kvtalk.errors import InputError
 from kvtalk.evaluation.arms import Arm
 from kvtalk.evaluation.batch import Settings
@@ -158,7 +159,7 @@ def _continued(out: Path, now: dict[str, Any]) -> dict[str, Any]:
 
 
 def _adapter(card: Card | None) -> dict[str, Any] | None:
-    return None if card is None else {"identity": card.identity, **asdict(card.geometry)}
+    return None if card is None else {"identity": card.identity, **asdict(card.geometry, dict_factory=by_name)}
 
 
 def open_log(out: Path) -> set[tuple[str, str]]:

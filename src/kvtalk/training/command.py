@@ -62,6 +62,12 @@ def translator(
     longest: Annotated[int, typer.Option(min=200, help="Characters of the longest plain contexts.")] = 4000,
     width: Annotated[int, typer.Option(min=64, help="Channels of the adapter, a multiple of 64.")] = 576,
     latent: Annotated[int, typer.Option(min=16, help="Numbers of a whole latent.")] = 1024,
+    pool: Annotated[
+        int,
+        typer.Option(
+            min=1, max=64, help="Receiver tokens that give one latent, which takes one place in the receiver's cache."
+        ),
+    ] = 1,
     packing: Annotated[str, typer.Option(help="Codec of the saved matrices; bf16 for none.")] = "nf4:1x64",
     trained: Annotated[
         Path | None, typer.Option("--from", help="Folder of an earlier run of this pair: start from its weights.")
@@ -109,6 +115,7 @@ def translator(
         receiver_values=answers.spec.values_per_token,
         width=width,
         latent=latent,
+        pool=pool,
     )
     if frozen is not None:
         geometry = frozen.fitted(geometry, reads.spec, answers.spec)
@@ -122,6 +129,7 @@ def translator(
         quotes=quotes,
         longest=longest,
         regression=regression,
+        regression_weight=Recipe.regression_weight if pool == 1 else 0.0,
         widths=tuple(size for size in Recipe.widths if size < latent),
         packing=pack,
         seed=seed,

@@ -3,7 +3,8 @@
 Reduced-rank regression: of all maps ``y = x A B`` of a rank, the one with the least squared error is the ordinary
 regression followed by the projection on the leading principal components of what it predicts. ``A`` becomes the way
 into the translator, ``B`` the way out, and the blocks between begin as the identity. Latents hold the components by
-importance, so the first numbers of a latent are the best ones from the beginning.
+importance, so the first numbers of a latent are the best ones from the beginning. A latent of several tokens begins as
+the mean of theirs.
 
 Where one half is given, the other begins at the best linear map to it: a decoder from the latents that the encoder
 writes, an encoder into those that the decoder's linear way makes the wanted vectors of.
@@ -35,7 +36,7 @@ def begin_linear(translator: Translator, pairs: Iterable[tuple[Tensor, Tensor]])
             ``[tokens, receiver_values]``.
     """
     encoder, decoder = translator.encoder, translator.decoder
-    width, latent = translator.geometry.width, translator.geometry.latent
+    width, pool = translator.geometry.width, translator.geometry.pool
     fit = _fit(pairs, width)
     _standardise(encoder, *fit.inputs)
     _standardise(decoder, *fit.outputs)
@@ -43,8 +44,9 @@ def begin_linear(translator: Translator, pairs: Iterable[tuple[Tensor, Tensor]])
         return
     _fill(encoder.inward.weight, fit.maps[0].T)
     _fill(decoder.outward.weight, fit.maps[1])
-    for matrix in (encoder.latent.weight, decoder.latent.weight.T):
-        matrix[: min(width, latent)] = torch.eye(width, device=matrix.device)[:latent]
+    straight = torch.eye(width, device=encoder.latent.weight.device)[: translator.geometry.latent]
+    encoder.latent.weight[: len(straight)] = straight.repeat(1, pool) / pool
+    decoder.latent.weight.T[: len(straight)] = straight
     decoder.latent.weight[:, width:] = 0
 
 
@@ -65,7 +67,8 @@ def begin_encoder(translator: Translator, pairs: Iterable[tuple[Tensor, Tensor]]
     outward = outward * (fit.outputs[1] / decoder.scale)[:, None]  # in the decoder's own units
     back = torch.linalg.pinv(decoder.latent.weight) @ (torch.linalg.pinv(decoder.outward.weight) @ outward)
     _fill(encoder.inward.weight, into.T)
-    _fill(encoder.latent.weight, back)
+    for part in torch.split(encoder.latent.weight, translator.geometry.width, dim=1):
+        _fill(part, back / translator.geometry.pool)
 
 
 @torch.no_grad()
@@ -74,8 +77,8 @@ def begin_decoder(translator: Translator, pairs: Iterable[tuple[Tensor, Tensor]]
 
     Args:
         translator: its decoder is fresh, and changed in place.
-        pairs: latents and the receiver's vectors of the same tokens, ``[tokens, latent]`` and
-            ``[tokens, receiver_values]``.
+        pairs: latents and the receiver's vectors of the same tokens, or the means of theirs, ``[latents, latent]`` and
+            ``[latents, receiver_values]``.
     """
     decoder = translator.decoder
     fit = _fit(pairs, translator.geometry.width, centred=False)

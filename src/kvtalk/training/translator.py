@@ -18,7 +18,16 @@ import torch
 from torch import Tensor, nn
 
 from kvtalk.adapters.store import Half
-from kvtalk.adapters.translator import Encoder, Geometry, Translator, squeezed
+from kvtalk.adapters.translator import (
+    Encoder,
+    Geometry,
+    Translator,
+    by_name,
+    grouped,
+    last_tokens,
+    latent_count,
+    squeezed,
+)
 from kvtalk.adapters.vectors import from_vectors, to_vectors
 from kvtalk.cache import PADDING, KVCache
 from kvtalk.device import sent
@@ -41,10 +50,10 @@ _FITTED_ON = 8
 
 
 class Pair:
-    """Two frozen models and what a translator between them is trained on."""
+    """Two frozen models and what a translator between them, of so many tokens a latent, is trained on."""
 
-    def __init__(self, sharer: LM, receiver: LM) -> None:
-        self.sharer, self.receiver = sharer, receiver
+    def __init__(self, sharer: LM, receiver: LM, pool: int = 1) -> None:
+        self.sharer, self.receiver, self.pool = sharer, receiver, pool
         for lm in (sharer, receiver):
             lm.model.requires_grad_(False)
         _ = receiver.unembedding  # refuses a receiver that cannot be trained for, before anything is read
@@ -77,18 +86,18 @@ class Pair:
 
         Args:
             batch: whose tails to read.
-            vectors: in the contexts' place, ``[batch, tokens, receiver_values]``.
+            vectors: in the contexts' place, ``[batch, latents, receiver_values]``.
             shift: rows by which these were rolled; they keep their own lengths.
         """
         spec, head = self.receiver.spec, self._head(batch.head)
-        counts = torch.tensor([len(row) for row in batch.receiver]).roll(shift)
-        cache = from_vectors(vectors.to(spec.dtype), counts, spec)
+        counts = batch.pairing.counts.roll(shift)
+        cache = from_vectors(vectors.to(spec.dtype), latent_count(counts, self.pool), spec)
         begin, rows = len(batch.head), len(batch.receiver)
-        steps = torch.arange(vectors.shape[1])
-        positions = torch.where(steps < counts[:, None], steps + begin, PADDING)
-        positions = torch.cat([torch.arange(begin).expand(rows, -1), positions], dim=1)
+        places = last_tokens(cache.layers[0].positions, counts, self.pool)
+        places = torch.where(places == PADDING, PADDING, places + begin)
+        positions = torch.cat([torch.arange(begin).expand(rows, -1), places], dim=1)
         ropes = [shape.rope for shape in spec.layers]
-        turned = rotate_layers([layer.keys for layer in cache.layers], ropes, sent(steps + begin, vectors.device))
+        turned = rotate_layers([layer.keys for layer in cache.layers], ropes, sent(places, vectors.device))
         layers = []
         for index, (keys, layer) in enumerate(zip(turned, cache.layers, strict=True)):
             values = layer.values
@@ -192,10 +201,11 @@ class Translation:
         return torch.addcmul(self.decoder.mean, standard, self.decoder.scale)
 
     def _regression(self, standard: Tensor, target: Tensor, batch: Batch, every: int = 1) -> Tensor:
-        """Mean squared error of every so many tokens."""
-        where = _flat([0] * len(batch.receiver), batch.receiver, standard.shape[1])[::every]
+        """Mean squared error of every so many latents, from the mean of their tokens' vectors."""
+        where = _real(batch, self.pair.pool).flatten().nonzero()[::every, 0]
         where = sent(where, standard.device)
-        wanted = (target.flatten(0, 1)[where] - self.decoder.mean) / self.decoder.scale
+        means = _means(target, batch, self.pair.pool)
+        wanted = (means.flatten(0, 1)[where] - self.decoder.mean) / self.decoder.scale
         return (standard.flatten(0, 1)[where] - wanted).square().mean()
 
 
@@ -231,7 +241,7 @@ def training(
         geometry = frozen.fitted(geometry, sharer.spec, receiver.spec)
         if frozen.folder.resolve() == out.resolve():
             raise TrainingError(f"the half to build on lies in the run's own folder, {out}: give another one")
-    pair = Pair(sharer, receiver)
+    pair = Pair(sharer, receiver, geometry.pool)
     learned, kept_back = texts.split(KEPT_BACK)
     batches = Batches(learned, sharer, receiver, recipe, geometry.latent)
     checks = Batches(kept_back, sharer, receiver, recipe, geometry.latent).checks(32)
@@ -241,7 +251,7 @@ def training(
         setattr(translator, frozen.part, frozen.load().requires_grad_(False))
     translator.to(receiver.device)
     settings: dict[str, Any] = {
-        "geometry": asdict(geometry),
+        "geometry": asdict(geometry, dict_factory=by_name),
         "recipe": asdict(recipe),
         "sharer": asdict(sharer.spec.fingerprint),
         "receiver": asdict(receiver.spec.fingerprint),
@@ -263,16 +273,19 @@ def training(
 
 
 def _aligned(pair: Pair, batches: Batches, encoder: Encoder | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-    """The sharer's vectors, or their latents, and the receiver's, of the receiver's tokens of the first batches."""
+    """The sharer's and the receiver's vectors of the receiver's tokens of the first batches.
+
+    With an encoder its latents instead of the sharer's, and for each the mean of the receiver's of its tokens.
+    """
     for number in range(min(_FITTED_ON, len(batches))):
         batch = batches[number, 0]
         theirs, ours = pair.sharer_vectors(batch), pair.taught(batch, False)[0]
-        real = _left_real([len(row) for row in batch.receiver], ours.shape[1]).to(ours.device)
         pairing = batch.pairing.to(ours.device)
         if encoder is None:
             theirs = theirs[torch.arange(len(theirs), device=ours.device)[:, None], pairing.index]
         else:
-            theirs = encoder(theirs, pairing)
+            theirs, ours = encoder(theirs, pairing), _means(ours, batch, pair.pool)
+        real = _real(batch, 1 if encoder is None else pair.pool).to(ours.device)
         yield theirs[real], ours[real]
 
 
@@ -295,5 +308,12 @@ def _flat(begins: Sequence[int], tails: Sequence[Sequence[int]], longest: int) -
     return torch.cat(places)
 
 
-def _left_real(counts: Sequence[int], longest: int) -> Tensor:
-    return torch.arange(longest) < torch.tensor(counts)[:, None]
+def _real(batch: Batch, pool: int) -> Tensor:
+    """Which latents are no padding, ``[batch, latents]``."""
+    counts = latent_count(batch.pairing.counts, pool)
+    return torch.arange(int(counts.max())) < counts[:, None]
+
+
+def _means(vectors: Tensor, batch: Batch, pool: int) -> Tensor:
+    """Of the tokens of each latent, ``[batch, latents, values]``."""
+    return grouped(vectors, sent(batch.pairing.counts, vectors.device), pool).mean(dim=2)
