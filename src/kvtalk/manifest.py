@@ -31,7 +31,8 @@ class Manifest(_Strict):
 
     Attributes:
         v: version of the format.
-        payload: ``cache``: keys and values; ``latent``: one vector a token, in the place of the keys of one layer.
+        payload: ``cache``: keys and values; ``latent``: one vector a token or group of tokens, in the place of the keys of
+            one layer.
         adapter: identity of the adapter that made a latent; absent in a cache.
         model: the sharer's fingerprint: arch, geometry, rope, tokenizer and weights, joined by colons.
         start: position of the context's first token at the sharer.
