@@ -25,7 +25,7 @@ from kvtalk.training.translator import Pair, training
 
 CONTEXT = "The ferry was built in 1931 by the Harlow yard; naïve people call it 北京 😀."
 POOL = 4
-RECIPE = Recipe(Schedule(12, 3e-3, warm_up=2), tokens=256, widths=(16, 32), seed=3, longest=400, regression_weight=0)
+RECIPE = Recipe(Schedule(4, 3e-3, warm_up=2), tokens=256, widths=(16, 32), seed=3, longest=400, regression_weight=0)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -187,7 +187,7 @@ def test_a_half_can_be_trained_to_one_that_is_there(
     pair = models if part == "encoder" else (models[1], models[1])
     run = training(*pair, texts, geometry(*pair), RECIPE, tmp_path / "run", frozen=Half.of(folder, part))
     run.objective.checks = run.objective.checks[:1]  # type: ignore[attr-defined]
-    trained = run.run(lambda step, shown: None, check_every=12)
+    trained = run.run(lambda step, shown: None, check_every=4)
     assert isinstance(trained, Translator)
     parties = (Party(lm.name, lm.spec.fingerprint) for lm in pair)
     save_adapter(trained, *parties, tmp_path / "out", None, frozen=Half.of(folder, part))
@@ -222,26 +222,26 @@ def test_a_run_gets_better_goes_on_and_starts_another_of_its_pool_alone(
         def report(step: int, shown: dict[str, float]) -> None:
             if "total" not in shown:
                 seen[step] = shown
-                if step == last < 40:
+                if step == last < 24:
                     raise InterruptedError
 
-        if last < 40:
+        if last < 24:
             with pytest.raises(InterruptedError):
-                run.run(report, check_every=20)
+                run.run(report, check_every=12)
         else:
-            run.run(report, check_every=20)
+            run.run(report, check_every=12)
         return seen
 
-    recipe = dataclasses.replace(RECIPE, schedule=Schedule(40, 3e-3, warm_up=4), packing="nf4:1x64")
+    recipe = dataclasses.replace(RECIPE, schedule=Schedule(24, 3e-3, warm_up=4), packing="nf4:1x64")
     torch.use_deterministic_algorithms(True)
     try:
-        whole = until(tmp_path / "whole", 40)
-        until(tmp_path / "cut", 20)
-        assert until(tmp_path / "cut", 40)[40] == whole[40]
+        whole = until(tmp_path / "whole", 24)
+        until(tmp_path / "cut", 12)
+        assert until(tmp_path / "cut", 24)[24] == whole[24]
     finally:
         torch.use_deterministic_algorithms(False)
-    assert whole[40]["nll"] < whole[0]["nll"]
-    assert {"kl questions wrong", "kl questions zeroed", "kl questions narrow", "mse questions"} <= whole[40].keys()
+    assert whole[24]["nll"] < whole[0]["nll"]
+    assert {"kl questions wrong", "kl questions zeroed", "kl questions narrow", "mse questions"} <= whole[24].keys()
     training(*models, texts, geometry(*models), recipe, tmp_path / "next", trained=tmp_path / "whole")
     with pytest.raises(TrainingError, match="another geometry"):
         training(*models, texts, geometry(*models, 2), recipe, tmp_path / "other", trained=tmp_path / "whole")

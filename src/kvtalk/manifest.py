@@ -31,7 +31,7 @@ class Manifest(_Strict):
 
     Attributes:
         v: version of the format.
-        payload: ``cache``: keys and values; ``latent``: one vector a token or group of tokens, in the place of the keys of
+        payload: ``cache``: keys and values; ``latent``: one vector a token, or a group of them, in the place of the keys of
             one layer.
         adapter: identity of the adapter that made a latent; absent in a cache.
         model: the sharer's fingerprint: arch, geometry, rope, tokenizer and weights, joined by colons.
