@@ -31,8 +31,8 @@ class Manifest(_Strict):
 
     Attributes:
         v: version of the format.
-        payload: ``cache``: keys and values; ``latent``: one vector a token, or a group of them, in the place of the keys of
-            one layer.
+        payload: ``cache``: keys and values; ``latent``: one vector a token, or a group of them, in the place of one
+            layer's keys.
         adapter: identity of the adapter that made a latent; absent in a cache.
         model: the sharer's fingerprint: arch, geometry, rope, tokenizer and weights, joined by colons.
         start: position of the context's first token at the sharer.
