@@ -23,7 +23,7 @@ from fuser_gain import TOGETHER, Way, interval
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from kvtalk.adapters.fusing import bare_layers
+from kvtalk.adapters.fusing import averaged, bare_layers
 from kvtalk.adapters.predictor import Predictor
 from kvtalk.adapters.store import load_predictor, read_card
 from kvtalk.cache import PADDING, KVCache, LayerCache
@@ -45,11 +45,11 @@ class ReadOnce(Fusing):
         super().__init__(*args)
         self._read: dict[str, tuple[FusedBatch, Any]] = {}
 
-    def _ours(self, batch: FusedBatch) -> tuple[KVCache, Tensor]:
-        return self._once("ours", batch, super()._ours)
+    def own(self, batch: FusedBatch) -> tuple[KVCache, Tensor]:
+        return self._once("own", batch, super().own)
 
-    def _theirs(self, batch: FusedBatch) -> tuple[Tensor, Tensor | None]:
-        return self._once("theirs", batch, super()._theirs)
+    def received(self, batch: FusedBatch) -> tuple[Tensor, Tensor]:
+        return self._once("received", batch, super().received)
 
     def _once(self, name: str, batch: FusedBatch, read: Callable[[FusedBatch], Any]) -> Any:
         if name not in self._read or self._read[name][0] is not batch:
@@ -75,8 +75,8 @@ class Chosen:
     def __init__(self, way: Way, predictor: Predictor, batch: FusedBatch) -> None:
         self.way, self.batch = way, batch
         self.geometry, self.sharer = way.objective.geometry, way.objective.sharer
-        self.vectors = way.objective.vectors(batch)
-        self.added: Tensor = way.fuser(*self.vectors)
+        self.received, _ = way.objective.received(batch)
+        _, self.own = way.objective.own(batch)
         cache, _ = self.sharer.read_whole(batch.sharer)
         columns = batch.lent.theirs + torch.tensor(batch.begins)[batch.lent.rows]
         self.positions = torch.full_like(cache.layers[0].positions, PADDING)
@@ -94,7 +94,7 @@ class Chosen:
 
     def _exact(self) -> dict[str, dict[int, LayerCache]]:
         """Tokens that enrich nothing score 0, below all others."""
-        found = exact(self.way.fuser, *self.vectors, self.batch.pairs)
+        found = exact(self.way.fuser, self.received, self.own, self.batch.pairs)
         where = found.rows, found.theirs + torch.tensor(self.batch.begins)[found.rows]
         made: dict[str, dict[int, LayerCache]] = {name: {} for name in EXACT}
         for name, scores in zip(EXACT, found.scores.cpu(), strict=True):
@@ -114,18 +114,27 @@ class Chosen:
             found[index][rows.expand_as(columns), columns] = True
         return found
 
+    @torch.no_grad()
     def losses(self, name: str, keep: float) -> list[float]:
-        """Of each prompt, when what does not cross is not added."""
+        """Of each prompt, when what does not cross is not fused."""
         pairs, kept = self.batch.pairs, self.kept(name, keep)
         columns = pairs.theirs + torch.tensor(self.batch.begins)[pairs.rows]
         there = [kept[self.geometry.layers[slot // 2]][pairs.rows, columns] for slot in range(self.geometry.slots)]
-        left = torch.stack(there)[:, :, None].to(self.added.device)
-        return list(self.way.losses(Given(self.added * left), self.batch))
+        once, owners = pairs.once()
+        device = self.received.device
+        theirs, missing = averaged(self.received, ~torch.stack(there).to(device), owners.to(device), len(once.rows))
+        added = self.way.fuser(theirs, self.own).masked_fill(missing[:, :, None], 0)
+        return of_prompts(self.way, Given(added), self.batch)
 
     def found(self, name: str, keep: float) -> list[float]:
         """Of each row the share of what the exact scores keep that the foretold ones keep too, mean of layers."""
         ours, theirs = (torch.stack(list(self.kept(one, keep).values())) for one in (name, f"exact {name}"))
         return ((ours & theirs).sum(dim=2) / theirs.sum(dim=2)).mean(dim=0).tolist()
+
+
+def of_prompts(way: Way, fuser: nn.Module | None, batch: FusedBatch) -> list[float]:
+    """The loss of each prompt."""
+    return [loss for loss, _ in way.losses(fuser, batch)]
 
 
 def measured(way: Way, predictor: Predictor, kind: str, rows: int) -> dict[str, Any]:
@@ -136,8 +145,8 @@ def measured(way: Way, predictor: Predictor, kind: str, rows: int) -> dict[str, 
     for chunk in tqdm(range(rows // TOGETHER), desc=kind):
         batch, _ = way.both(kind, range(chunk * TOGETHER, (chunk + 1) * TOGETHER))
         chosen = Chosen(way, predictor, batch)
-        whole += way.losses(Given(chosen.added), batch)
-        none += way.losses(None, batch)
+        whole += of_prompts(way, way.fuser, batch)
+        none += of_prompts(way, None, batch)
         for keep in KEEPS:
             for name in chosen.ways:
                 seen.setdefault((keep, name), []).extend(chosen.losses(name, keep))

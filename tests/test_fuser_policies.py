@@ -16,7 +16,7 @@ from torch import Tensor
 from conftest import tiny_lm
 from kvtalk import Budget, Link, Plan
 from kvtalk.adapters.fuser import Fuser
-from kvtalk.adapters.fusing import Pairs, SharerSide
+from kvtalk.adapters.fusing import Pairs, Prompt, SharerSide
 from kvtalk.adapters.predictor import Predictor
 from kvtalk.adapters.store import CARD, Party, add_predictor, load_fuser, load_predictor, read_card, save_adapter
 from kvtalk.cache import KVCache
@@ -27,7 +27,7 @@ from kvtalk.models import LM
 from kvtalk.packet import Packet
 from kvtalk.selection.tokens import FORETOLD
 from kvtalk.training import predictor as fitting
-from kvtalk.training.exchanges import Exchanges, FusedBatch
+from kvtalk.training.exchanges import Exchange, Exchanges, FusedBatch
 from kvtalk.training.fuser import FuserRecipe, Fusing
 from kvtalk.training.predictor import Exact, exact, fit_predictor, fitted
 from test_fuser import THEIRS, geometry_of, other_lm, random_fuser
@@ -73,27 +73,41 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def vectors_of(fuser: Fuser) -> tuple[FusedBatch, Tensor, Tensor]:
-    batch = batches(MODELS)[3, 0]
-    return batch, *Fusing(*MODELS, fuser.geometry, FuserRecipe(), []).vectors(batch)
+    """The sharer's of every entry, and the receiver's own; by means, characters of several tokens are given several."""
+    made = batches(MODELS, alignment=fuser.geometry.alignment)
+    batch = made[3, 0]
+    if fuser.geometry.alignment == "mean":
+        prompts = [Prompt("", text) for text in ("naïve 北京 😀 of the old yard", "the mill", "Wer fährt? 😀")]
+        batch = made.of([Exchange(prompt, prompt, (" x",)) for prompt in prompts], "instructions")
+    objective = Fusing(*MODELS, fuser.geometry, FuserRecipe(), [])
+    return batch, objective.received(batch)[0], objective.own(batch)[1]
 
 
+@pytest.mark.parametrize("alignment", ["coverage", "mean"])
 @pytest.mark.parametrize("closed", [[], [1, 4], [3, 5, 6, 7]])
 @torch.no_grad()
-def test_exact_scores_are_norms_of_what_the_receiver_then_holds(closed: list[int]) -> None:
-    fuser = fuser_with(closed, layers=(0, 2, 2, 3))
+def test_exact_scores_are_norms_of_what_the_receiver_then_holds(closed: list[int], alignment: str) -> None:
+    fuser = fuser_with(closed, layers=(0, 2, 2, 3), alignment=alignment)
     batch, theirs, ours = vectors_of(fuser)
     found, pairs = exact(fuser, theirs, ours, batch.pairs), batch.pairs
-    heads, added = fuser.geometry.receiver.kv_heads, fuser(theirs, ours)
-    tokens = sorted(set(zip(pairs.rows.tolist(), pairs.theirs.tolist(), strict=True)))
+    entries = list(zip(pairs.rows.tolist(), pairs.ours.tolist(), pairs.theirs.tolist(), strict=True))
+    tokens = sorted({(row, there) for row, _, there in entries})
     assert list(zip(found.rows.tolist(), found.theirs.tolist(), strict=True)) == tokens
-    assert len(tokens) < len(pairs.rows)  # some stand for several
+    assert len(tokens) < len(entries)  # some stand for several
+    enriched = list(dict.fromkeys((row, here) for row, here, _ in entries))
+    assert ours.shape[1] == len(enriched)
+    assert (len(enriched) < len(entries)) == (alignment == "mean")  # and some are given several
+    given = [[at for at, entry in enumerate(entries) if entry[:2] == token] for token in enriched]
+    added = fuser(torch.stack([theirs[:, ats].mean(dim=1) for ats in given], dim=1), ours)
+    heads = fuser.geometry.receiver.kv_heads
 
     def norm(vector: Tensor) -> float:
         return sum(float(head.norm()) for head in vector.chunk(heads)) / heads
 
     for number, token in enumerate(tokens):
-        own = [index for index in range(len(pairs.rows)) if (int(pairs.rows[index]), int(pairs.theirs[index])) == token]
-        assert int(found.pair[number]) in own
+        own = [enriched.index((row, here)) for row, here, there in entries if (row, there) == token]
+        row, _, there = entries[int(found.entry[number])]
+        assert (row, there) == token
         for layer in range(4):
             slots = [slot for slot in range(8) if fuser.geometry.layers[slot // 2] == layer and slot not in closed]
             judged = [slot for slot in slots if slot % 2] or slots
@@ -104,15 +118,16 @@ def test_exact_scores_are_norms_of_what_the_receiver_then_holds(closed: list[int
             assert found.scores[:, layer, number].tolist() == pytest.approx(wanted, rel=1e-4)
 
 
-def test_what_is_linear_in_the_sharers_cache_is_foretold(monkeypatch: pytest.MonkeyPatch) -> None:
-    fuser, width = fuser_with([]), 32
+@pytest.mark.parametrize("alignment", ["coverage", "mean"])
+def test_what_is_linear_in_the_sharers_own_cache_is_foretold(alignment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fuser, width = fuser_with([], alignment=alignment), 32
     torch.manual_seed(1)
     slopes = torch.randn(len(FORETOLD), 4, 2 * width)
     slopes[..., 0] *= 50
 
     def linear(fuser: Fuser, sharer: Tensor, receiver: Tensor, pairs: Pairs) -> Exact:
         found = exact(fuser, sharer, receiver, pairs)
-        vectors = torch.stack([torch.cat([sharer[2 * at], sharer[2 * at + 1]], dim=1)[found.pair] for at in range(4)])
+        vectors = torch.stack([torch.cat([sharer[2 * at], sharer[2 * at + 1]], dim=1)[found.entry] for at in range(4)])
         return replace(found, scores=torch.einsum("ltw,plw->plt", vectors, slopes) + 7)
 
     monkeypatch.setattr(fitting, "exact", linear)
@@ -120,7 +135,7 @@ def test_what_is_linear_in_the_sharers_cache_is_foretold(monkeypatch: pytest.Mon
     monkeypatch.undo()
     batch, theirs, ours = vectors_of(fuser)
     wanted = linear(fuser, theirs, ours, batch.pairs)
-    vectors = torch.stack([torch.cat([theirs[2 * at], theirs[2 * at + 1]], dim=1)[wanted.pair] for at in range(4)])
+    vectors = torch.stack([torch.cat([theirs[2 * at], theirs[2 * at + 1]], dim=1)[wanted.entry] for at in range(4)])
     got = torch.einsum("ltw,plw->plt", vectors, predictor.weight) + predictor.bias[..., None]
     left = (got - wanted.scores).square().mean(dim=2) / wanted.scores.var(dim=2)
     assert left.max() < 0.02
@@ -137,7 +152,7 @@ def test_a_fitted_predictor_finds_what_the_exact_scores_choose(tmp_path: Path) -
     batch, theirs, ours = vectors_of(fuser)
     found = exact(fuser, theirs, ours, batch.pairs)
     for layer in range(4):
-        vectors = torch.cat([theirs[2 * layer], theirs[2 * layer + 1]], dim=1)[found.pair]
+        vectors = torch.cat([theirs[2 * layer], theirs[2 * layer + 1]], dim=1)[found.entry]
         told = vectors @ predictor.weight[:, layer].T + predictor.bias[:, layer]
         for got, wanted in zip(told.T, found.scores[:, layer], strict=True):
             assert torch.corrcoef(torch.stack([got, wanted]))[0, 1] > 0.5

@@ -176,7 +176,30 @@ class Fusing:
     def vectors(self, batch: FusedBatch) -> tuple[Tensor, Tensor]:
         """The sharer's keys and values of aligned tokens as they would arrive, and the receiver's own, each
         ``[slots, tokens, width]``."""
-        return self._theirs(batch)[0], self._ours(batch)[1]
+        return self._theirs(batch)[0], self.own(batch)[1]
+
+    def received(self, batch: FusedBatch) -> tuple[Tensor, Tensor]:
+        """The sharer's keys and values of every entry of the aligned tokens as they would arrive,
+        ``[slots, entries, width]``, and which of them do not, by the token policy, bool ``[slots, entries]``."""
+        cache, _ = self.sharer.read_whole(batch.sharer)
+        wanted = sorted(set(self.geometry.layers))
+        layers = bare_layers(cache, self.sharer.spec, self.geometry, wanted)
+        pairs, slots = batch.pairs, read_of(self.geometry, self.slots)
+        columns = pairs.theirs + torch.tensor(batch.begins)[pairs.rows]
+        missing = torch.zeros(len(slots), len(columns), dtype=torch.bool)
+        if self.plan is not None:
+            kept = {index: _kept(layer, batch, self.plan) for index, layer in layers.items()}
+            missing = torch.stack([~kept[index][pairs.rows, columns] for index, _ in slots])
+            layers = {index: _packed(layer, kept[index], self.plan) for index, layer in layers.items()}
+        rows, columns = sent(torch.stack([pairs.rows, columns]), self.receiver.device)
+        return taken(layers, slots, rows, columns), sent(missing, self.receiver.device)
+
+    def own(self, batch: FusedBatch) -> tuple[KVCache, Tensor]:
+        """The receiver's cache of the prompts, and its keys and values of the tokens that are enriched,
+        ``[slots, tokens, width]``."""
+        cache, _ = self.receiver.read_whole(batch.receiver)
+        pairs = batch.pairs.once()[0].to(self.receiver.device)
+        return cache, own_vectors(cache, self.receiver.spec, pairs, self.slots, self.geometry.rope)
 
     def answered(self, module: nn.Module | None, batch: FusedBatch, *, zeroed: bool = False) -> tuple[Tensor, Tensor]:
         """Mean cross-entropy of right answers with all rows alike, and that of every answer's token."""
@@ -184,7 +207,7 @@ class Fusing:
 
     def _states(self, module: nn.Module | None, batch: FusedBatch, *, zeroed: bool = False) -> tuple[Tensor, Tensor]:
         """The receiver's hidden states before every answer's token, ``[tokens, hidden]``, and these tokens."""
-        cache, ours = self._ours(batch)
+        cache, ours = self.own(batch)
         additions = []
         if module is not None:
             theirs, missing = self._theirs(batch)
@@ -206,28 +229,10 @@ class Fusing:
         models = (self.sharer.model, self.receiver.model)
         return [(one.data_ptr(), one._version) for model in models for one in model.parameters()]
 
-    def _ours(self, batch: FusedBatch) -> tuple[KVCache, Tensor]:
-        cache, _ = self.receiver.read_whole(batch.receiver)
-        pairs = batch.pairs.once()[0].to(self.receiver.device)
-        return cache, own_vectors(cache, self.receiver.spec, pairs, self.slots, self.geometry.rope)
-
     def _theirs(self, batch: FusedBatch) -> tuple[Tensor, Tensor]:
-        """The sharer's keys and values of aligned tokens as they would arrive, ``[slots, tokens, width]``, and which
-        of them the token policy leaves without any, bool ``[slots, tokens]``."""
-        cache, _ = self.sharer.read_whole(batch.sharer)
-        wanted = sorted(set(self.geometry.layers))
-        layers = bare_layers(cache, self.sharer.spec, self.geometry, wanted)
-        pairs, slots = batch.pairs, read_of(self.geometry, self.slots)
-        columns = pairs.theirs + torch.tensor(batch.begins)[pairs.rows]
-        missing = torch.zeros(len(slots), len(columns), dtype=torch.bool)
-        if self.plan is not None:
-            kept = {index: _kept(layer, batch, self.plan) for index, layer in layers.items()}
-            missing = torch.stack([~kept[index][pairs.rows, columns] for index, _ in slots])
-            layers = {index: _packed(layer, kept[index], self.plan) for index, layer in layers.items()}
-        once, owners = pairs.once()
-        rows, columns, owners = sent(torch.stack([pairs.rows, columns, owners]), self.receiver.device)
-        missing = sent(missing, self.receiver.device)
-        return averaged(taken(layers, slots, rows, columns), missing, owners, len(once.rows))
+        """The same of every receiver token, ``[slots, tokens, width]`` and ``[slots, tokens]``."""
+        once, owners = batch.pairs.once()
+        return averaged(*self.received(batch), sent(owners, self.receiver.device), len(once.rows))
 
 
 def answers_loss(lm: LM, states: Tensor, labels: Tensor, batch: FusedBatch) -> Tensor:

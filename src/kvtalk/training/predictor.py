@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kvtalk.adapters.fuser import Fuser
-from kvtalk.adapters.fusing import Pairs
+from kvtalk.adapters.fusing import Pairs, averaged
 from kvtalk.adapters.predictor import Predictor
 from kvtalk.adapters.store import add_predictor, load_fuser, read_card
 from kvtalk.models import LM
@@ -34,14 +34,14 @@ class Exact:
     Attributes:
         rows: number of its prompt, ``[tokens]``.
         theirs: its index in the shared text, ``[tokens]``.
-        pair: which of the aligned pairs is one of its, ``[tokens]``.
+        entry: which entry of the aligned tokens is one of its, ``[tokens]``.
         scores: ``[policies, sharer layers, tokens]``, policies as in :data:`kvtalk.selection.tokens.FORETOLD`; 0 in
             layers that no open gate reads.
     """
 
     rows: Tensor
     theirs: Tensor
-    pair: Tensor
+    entry: Tensor
     scores: Tensor
 
 
@@ -55,12 +55,15 @@ def exact(fuser: Fuser, sharer: Tensor, receiver: Tensor, pairs: Pairs) -> Exact
 
     Args:
         fuser: gates as at inference.
-        sharer: its vectors of aligned tokens, ``[slots, pairs, sharer.width]``.
-        receiver: likewise, ``[slots, pairs, receiver.width]``.
+        sharer: its own vectors of every entry, ``[slots, entries, sharer.width]``.
+        receiver: its vectors of every token that is enriched, ``[slots, tokens, receiver.width]``.
         pairs: the aligned tokens.
     """
     geometry = fuser.geometry
-    added = fuser(sharer, receiver)
+    once, owners = pairs.once()
+    owners = owners.to(receiver.device)
+    nothing = torch.zeros(sharer.shape[:2], dtype=torch.bool, device=sharer.device)
+    added = fuser(averaged(sharer, nothing, owners, len(once.rows))[0], receiver)
     norms = torch.stack(
         [
             vectors.unflatten(2, (geometry.receiver.kv_heads, -1)).norm(dim=3).mean(dim=2)
@@ -74,9 +77,10 @@ def exact(fuser: Fuser, sharer: Tensor, receiver: Tensor, pairs: Pairs) -> Exact
     counts = which.bincount().to(norms.device)
     by_layer = norms.new_zeros(len(norms), geometry.sharer.layers, norms.shape[2])
     by_layer.index_add_(1, layers[judged].to(norms.device), norms[:, judged.to(norms.device)])
-    scores = norms.new_zeros(*by_layer.shape[:2], len(counts)).index_add_(2, which.to(norms.device), by_layer) / counts
-    pair = torch.empty_like(tokens[0]).scatter_(0, which, torch.arange(len(which)))
-    return Exact(tokens[0], tokens[1], pair, scores)
+    scores = norms.new_zeros(*by_layer.shape[:2], len(counts))
+    scores.index_add_(2, which.to(norms.device), by_layer[:, :, owners])
+    entry = torch.empty_like(tokens[0]).scatter_(0, which, torch.arange(len(which)))
+    return Exact(tokens[0], tokens[1], entry, scores / counts)
 
 
 @torch.no_grad()
@@ -96,10 +100,10 @@ def fitted(fuser: Fuser, sharer: LM, receiver: LM, exchanges: Exchanges) -> Pred
     moments: Tensor | None = None
     for number in range(_BATCHES):
         batch = batches[number, 0]
-        theirs, ours = objective.vectors(batch)
-        found = exact(fuser, theirs, ours, batch.pairs)
-        keys = torch.tensor(list(read.values()), device=theirs.device)
-        told = theirs[:, found.pair.to(theirs.device)].double()
+        received, _ = objective.received(batch)
+        found = exact(fuser, received, objective.own(batch)[1], batch.pairs)
+        keys = torch.tensor(list(read.values()), device=received.device)
+        told = received[:, found.entry.to(received.device)].double()
         ones = told.new_ones(len(keys), told.shape[1], 1)
         scores = found.scores[:, list(read)].permute(1, 2, 0).double()
         columns = torch.cat([told[keys], told[keys + 1], scores, ones], dim=2)
