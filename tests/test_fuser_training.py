@@ -21,6 +21,7 @@ from kvtalk.adapters.fuser import Fuser, FuserGeometry
 from kvtalk.adapters.fusing import ReceiverSide, SharerSide, bare_layers, chat_prompt, prompt_of
 from kvtalk.adapters.store import Party, load_fuser, read_card, save_adapter
 from kvtalk.alignment.tokens import NONE, align, spread, tokenize
+from kvtalk.codecs import codec
 from kvtalk.errors import TrainingError
 from kvtalk.fusion import FusedReceiver, FusedSharer
 from kvtalk.models import LM
@@ -551,6 +552,42 @@ def test_training_drops_exactly_what_the_packet_drops(
         here = batch.pairs.rows == row
         for layer, missing in lost.items():
             assert torch.equal(~missing[here], torch.isin(batch.pairs.theirs[here], packed[layer].positions[0]))
+
+
+SPANNING = "int4:channel", "int8:2x1", "nf4:*x4"
+BY_TOKEN = "fp32", "bf16", "fp16", "int8", "int4", "int2", "nf4", "nf4:1x8", "bf16:channel"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("packing", [*BY_TOKEN, *SPANNING])
+def test_rows_packed_together_come_back_as_each_alone(packing: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    tensor = torch.randn(6, 3, 80, 16).mul(3).to(dtype)
+    kept = torch.zeros(6, 80, dtype=torch.bool)
+    for row, count in enumerate((70, 7, 1, 70, 7, 13)):
+        kept[row, torch.randperm(80)[:count]] = True
+    tensor[~kept[:, None].expand(-1, 3, -1)] = torch.inf  # what does not cross has no part in it
+    packer = codec(packing)
+    assert packer.by_token == (packing in BY_TOKEN)
+    wanted = tensor.clone()
+    for row, which in enumerate(kept):
+        wanted[row, :, which] = packer.simulated(tensor[row, :, which]).to(dtype)
+    assert torch.equal(fuser_training._packed(tensor, kept, packing), wanted)
+
+
+@torch.no_grad()
+def test_layers_chosen_and_packed_together_are_as_each_alone(models: tuple[LM, LM], geometry: FuserGeometry) -> None:
+    _, batch = varied(models)
+    plan = replace(Plan.parse(PACKED), rope=geometry.rope)
+    vectors, missing = untaught(models, geometry, PACKED).received(batch)
+    whole, _ = untaught(models, geometry, None).received(batch)
+    for slot, layer in enumerate(chain.from_iterable((layer, layer) for layer in geometry.layers)):
+        lost = dropped(models, geometry, batch, plan)[layer]
+        assert torch.equal(missing[slot], lost)
+        assert torch.equal(vectors[slot, lost], whole[slot, lost])
+        heads = whole[slot, ~lost].unflatten(1, (geometry.sharer.kv_heads, -1)).transpose(0, 1)
+        wanted = codec(plan.keys).simulated(heads).transpose(0, 1).flatten(1)
+        assert torch.equal(vectors[slot, ~lost], wanted)
 
 
 # How options are compared

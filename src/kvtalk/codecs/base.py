@@ -64,6 +64,11 @@ class Codec(ABC):
     def scale_bytes(self) -> int:
         """Bytes of one block's scales; 0 without scales."""
 
+    @property
+    def by_token(self) -> bool:
+        """Whether what a token comes back as depends on that token alone."""
+        return self.blocks.tokens == 1 or not self.scale_bytes
+
     def code_size(self, kv_heads: int, tokens: int, head_dim: int) -> int:
         """Bytes of the codes."""
         return kv_heads * tokens * head_dim * self.bits // 8

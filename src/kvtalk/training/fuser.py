@@ -188,9 +188,14 @@ class Fusing:
         columns = pairs.theirs + torch.tensor(batch.begins)[pairs.rows]
         missing = torch.zeros(len(slots), len(columns), dtype=torch.bool)
         if self.plan is not None:
-            kept = {index: _kept(layer, batch, self.plan) for index, layer in layers.items()}
-            missing = torch.stack([~kept[index][pairs.rows, columns] for index, _ in slots])
-            layers = {index: _packed(layer, kept[index], self.plan) for index, layer in layers.items()}
+            first, *others = layers.values()
+            joined = first.stacked(others)  # the rows of all layers: as many operations whatever their number
+            kept = _kept(joined, batch, self.plan)
+            read = torch.tensor([wanted.index(index) for index, _ in slots])[:, None]
+            missing = ~kept.view(len(wanted), -1, kept.shape[1])[read, pairs.rows, columns]
+            keys, values = _packed(joined.keys, kept, self.plan.keys), _packed(joined.values, kept, self.plan.values)
+            parts = zip(wanted, keys.chunk(len(wanted)), values.chunk(len(wanted)), strict=True)
+            layers = {index: LayerCache(key, value, first.positions) for index, key, value in parts}
         rows, columns = sent(torch.stack([pairs.rows, columns]), self.receiver.device)
         return taken(layers, slots, rows, columns), sent(missing, self.receiver.device)
 
@@ -325,29 +330,45 @@ def _fuser(module: nn.Module) -> Fuser:
     return inner
 
 
-def _packed(layer: LayerCache, kept: Tensor, plan: Plan) -> LayerCache:
-    """A layer whose kept tokens (bool ``[rows, tokens]``) are as they come back from a plan's codecs, row by row: a
-    codec's scales may span a packet's tokens, and are of these alone."""
-    both = {"keys": (layer.keys, plan.keys), "values": (layer.values, plan.values)}
-    made = {}
-    for name, (tensor, packing) in both.items():
-        back = tensor.clone()
-        for row, which in enumerate(kept):
-            there = sent(which.nonzero()[:, 0], tensor.device)
-            back[row, :, there] = codec(packing).simulated(tensor[row, :, there]).to(tensor.dtype)
-        made[name] = back
-    return replace(layer, **made)
+def _packed(tensor: Tensor, kept: Tensor, packing: str) -> Tensor:
+    """Keys or values whose kept tokens are as they come back from a codec, each row by itself.
+
+    All rows in one go where a token does not depend on others; where scales span a packet's tokens, those that keep as
+    many.
+
+    Args:
+        tensor: ``[rows, kv_heads, tokens, head_dim]``.
+        kept: bool ``[rows, tokens]``.
+        packing: name of the codec.
+    """
+    packer, counts = codec(packing), kept.sum(dim=1, keepdim=True)
+    groups = [kept] if packer.by_token else [kept & (counts == count) for count in torch.unique(counts)]
+    back = tensor.clone()
+    for group in groups:
+        rows, columns = sent(group.nonzero().T, tensor.device)
+        sequences = 1 if packer.by_token else int(group.any(dim=1).sum())
+        found = tensor.transpose(1, 2)[rows, columns]
+        values = found.view(sequences, -1, *found.shape[1:]).transpose(1, 2)
+        made = packer.simulated(values.flatten(0, 1)).view(values.shape).transpose(1, 2).flatten(0, 1)
+        back.transpose(1, 2)[rows, columns] = made.to(tensor.dtype)
+    return back
 
 
 def _kept(layer: LayerCache, batch: FusedBatch, plan: Plan) -> Tensor:
-    """Which tokens of a layer would cross, bool ``[rows, tokens]``; a plan's token policy chooses from the aligned ones
-    of each row, of which there is at least one."""
-    positions = torch.full_like(layer.positions, PADDING)
+    """Which tokens would cross, bool ``[rows, tokens]``; a plan's token policy chooses from the aligned ones of each
+    row, of which there is at least one.
+
+    Args:
+        layer: of the sharer's cache of the batch; of several layers the rows of each follow each other.
+        batch: whose aligned tokens.
+        plan: which chooses.
+    """
     theirs = batch.lent.theirs + torch.tensor(batch.begins)[batch.lent.rows]
+    positions = torch.full((len(batch.sharer), layer.tokens), PADDING)
     positions[batch.lent.rows, theirs] = theirs
-    held = replace(layer, positions=positions)
-    counts = [kept_count(plan.keep, int(count)) for count in (positions != PADDING).sum(dim=1)]
-    kept = plan.choose(held, counts).positions
+    positions = positions.repeat(len(layer.positions) // len(positions), 1)
+    counts = [kept_count(plan.keep, count) for count in (positions != PADDING).sum(dim=1).tolist()]
+    kept = plan.choose(replace(layer, positions=positions), counts).positions
     there = torch.zeros(positions.shape, dtype=torch.bool)
     there[torch.arange(len(kept))[:, None].expand_as(kept), kept.clamp(min=0)] = True
     return there & (positions != PADDING)
