@@ -25,7 +25,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kvtalk.adapters.fuser import Fuser, FuserGeometry, Shape, narrowed
-from kvtalk.adapters.fusing import Addition, Pairs, enriched, own_vectors, slots_at_once, taken
+from kvtalk.adapters.fusing import (
+    Addition,
+    Pairs,
+    Slots,
+    computed,
+    enriched,
+    own_vectors,
+    read_of,
+    slots_at_once,
+    taken,
+)
 from kvtalk.adapters.store import is_matrix
 from kvtalk.alignment.layers import layer_map
 from kvtalk.cache import KVCache, LayerCache
@@ -92,18 +102,15 @@ def cache_of(shape: Shape, tokens: int, dtype: torch.dtype, device: str) -> KVCa
 
 
 def stacked(
-    parts: list[Fuser], sharer: KVCache, own: KVCache, spec: ModelSpec, pairs: Pairs
+    parts: list[Fuser], slots: Slots, sharer: KVCache, own: KVCache, pairs: Pairs
 ) -> list[tuple[Tensor, Tensor]]:
     """What the receiver's side does once a packet is decoded."""
-    geometry, slots = parts[0].geometry, [slot for part in parts for slot in part.slots]
-    which = [(geometry.layers[slot // 2], slot % 2) for slot in slots]
     pairs = pairs.to(own.layers[0].keys.device)
-    vectors = taken(sharer.layers, which, pairs.rows, pairs.theirs)
-    ours, sizes = own_vectors(own, spec, pairs, slots, geometry.rope), [len(part.slots) for part in parts]
-    both = zip(parts, torch.split(vectors, sizes), torch.split(ours, sizes), strict=True)
-    added = torch.cat([part(theirs, one) for part, theirs, one in both])
+    read, angles = read_of(parts[0].geometry, slots.which), slots.angles(pairs.ours)
+    vectors = taken(sharer.layers, read, slots.places, pairs.rows, pairs.theirs)
+    added = slots.turned(computed(parts, vectors, own_vectors(own, pairs, slots, angles)), angles)
     layers = [(layer.keys, layer.values) for layer in own.layers]
-    return enriched(layers, spec, Addition(pairs, slots, added, geometry.rope, geometry.last))
+    return enriched(layers, Addition(pairs, slots.which, added, parts[0].geometry.last))
 
 
 def by_layer(slots: nn.ModuleList, sharer: KVCache, own: KVCache) -> list[tuple[Tensor, Tensor]]:
@@ -120,7 +127,7 @@ def prepared(fuser: Fuser, dtype: torch.dtype, device: str) -> list[Fuser]:
     for parameter in fuser.parameters():
         if is_matrix(parameter):
             parameter.data = parameter.data.to(dtype)
-    return fuser.to(device).eval().opened().split(slots_at_once(device, fuser))
+    return fuser.to(device).eval().opened().typed().split(slots_at_once(device, fuser))
 
 
 @torch.no_grad()
@@ -138,10 +145,11 @@ def measured(dtype: torch.dtype, device: str, tokens: int, rounds: int) -> dict[
     sharer, own = (cache_of(shape, tokens, dtype, device) for shape in (SHARER, RECEIVER))
     spec, every = spec_of(RECEIVER, dtype), torch.arange(tokens)
     pairs = Pairs(torch.zeros_like(every), every, every)
+    after, before = (Slots(range(2 * RECEIVER.layers), spec, rope, device) for rope in ("after", "before"))
     ways: dict[str, Callable[[], list[tuple[Tensor, Tensor]]]] = {
         "layers": lambda: by_layer(slots, sharer, own),
-        "stacked": lambda: stacked(large, sharer, own, spec, pairs),
-        "ours": lambda: stacked(small, sharer, own, spec, pairs),
+        "stacked": lambda: stacked(large, after, sharer, own, pairs),
+        "ours": lambda: stacked(small, before, sharer, own, pairs),
     }
     differences = [
         float((one - other).abs().max())

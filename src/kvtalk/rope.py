@@ -118,28 +118,62 @@ def rotate_layers(
     return turned
 
 
-def rotate_stack(stack: Tensor, ropes: Sequence[Rope | None], positions: Tensor, inverse: bool = False) -> Tensor:
-    """Rotate a stack of layers, in as many operations whatever their number: on a GPU each is a launch.
+class StackRope:
+    """Rotates a stack of layers in as many operations whatever their number: on a GPU each is a launch.
 
-    Args:
-        stack: ``[layers, kv_heads, tokens, head_dim]``.
-        ropes: of each layer; None leaves it as it is.
-        positions: ``[tokens]``, the same for all layers, on the device of the stack.
-        inverse: take the rotation off.
+    What does not depend on positions is made once, and angles once for all stacks of the same positions.
     """
-    turned = stack
-    for size in sorted({rope.rotary_dim for rope in ropes if rope is not None}):
-        which = [index for index, rope in enumerate(ropes) if rope is not None and rope.rotary_dim == size]
-        kinds = list(dict.fromkeys(ropes[index] for index in which))
-        table = torch.tensor([rope.frequencies for rope in kinds if rope is not None])
-        of_layer = torch.tensor([[index, kinds.index(ropes[index])] for index in which]).T
-        layers, kind = sent(of_layer, stack.device)
-        radians = positions[:, None].to(torch.float32) * sent(table, stack.device)[:, None, None]
-        cos, sin = (values.index_select(0, kind) for values in (radians.cos(), radians.sin()))
-        angles = Angles(cos, sin)
-        keys = rotate(stack.index_select(0, layers), angles.inverse() if inverse else angles)
-        turned = turned.index_copy(0, layers, keys)
-    return turned
+
+    def __init__(self, ropes: Sequence[Rope | None], device: torch.device | str) -> None:
+        """Make the tables.
+
+        Args:
+            ropes: of each layer; None leaves it as it is.
+            device: of the stacks.
+        """
+        self._groups: list[tuple[slice | Tensor, Tensor, Tensor | None]] = []
+        for size in sorted({rope.rotary_dim for rope in ropes if rope is not None}):
+            some = [(index, rope) for index, rope in enumerate(ropes) if rope is not None and rope.rotary_dim == size]
+            kinds = list(dict.fromkeys(rope for _, rope in some))
+            table = torch.tensor([rope.frequencies for rope in kinds])[:, None, None]
+            kind = torch.tensor([kinds.index(rope) for _, rope in some]) if len(kinds) > 1 else None
+            layers = _places([index for index, _ in some], device)
+            self._groups.append((layers, table.to(device), None if kind is None else kind.to(device)))
+
+    def angles(self, positions: Tensor) -> list[Angles]:
+        """The rotation for each position, of layers of each rotary size.
+
+        Args:
+            positions: ``[tokens]``, the same for all layers, on the device of the stacks.
+        """
+        steps, found = positions[:, None].to(torch.float32), []
+        for _, table, kind in self._groups:
+            radians = steps * table
+            both = radians.cos(), radians.sin()
+            found.append(Angles(*(both if kind is None else (one.index_select(0, kind) for one in both))))
+        return found
+
+    def rotate_(self, stack: Tensor, angles: Sequence[Angles], inverse: bool = False) -> None:
+        """Rotate in place; gradients flow through.
+
+        Args:
+            stack: ``[layers, kv_heads, tokens, head_dim]``.
+            angles: as made by :meth:`angles`.
+            inverse: take the rotation off.
+        """
+        for (layers, _, _), one in zip(self._groups, angles, strict=True):
+            keys, turn = stack[layers], one.inverse() if inverse else one
+            if keys.requires_grad or not isinstance(layers, slice):
+                stack[layers] = rotate(keys, turn)
+            else:
+                rotate(keys, turn, out=keys)
+
+
+def _places(which: Sequence[int], device: torch.device | str) -> slice | Tensor:
+    """Indices as a slice, which takes a view, where they are evenly spaced."""
+    step = which[1] - which[0] if len(which) > 1 else 1
+    every = slice(which[0], which[-1] + 1, step)
+    return every if list(range(every.stop)[every]) == list(which) else torch.tensor(which, device=device)
 
 
 class AngleTable:

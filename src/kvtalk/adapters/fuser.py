@@ -294,6 +294,15 @@ class Fuser(nn.Module):
         starts = range(0, len(self.slots), slots)
         return [self.of_slots(range(start, min(start + slots, len(self.slots)))) for start in starts]
 
+    def typed(self) -> Fuser:
+        """Itself, with norms and biases in the type of the matrices beside them: cast once, not in every call."""
+        for module in self.modules():
+            if isinstance(module, Block):
+                module.norm.data = module.norm.data.to(module.up.weight.dtype)
+            elif isinstance(module, Stacked) and module.bias is not None:
+                module.bias.data = module.bias.data.to(module.weight.dtype)
+        return self
+
     @property
     def sharer_layers(self) -> list[int]:
         """The sharer's layers that its slots read."""

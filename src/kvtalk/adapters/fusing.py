@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 import xxhash
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -31,7 +31,7 @@ from kvtalk.models import LM
 from kvtalk.placement import PlacedCache, PlacedLayer, place
 from kvtalk.planning import Plan
 from kvtalk.prompts import PromptFormat, has_chat_template, render
-from kvtalk.rope import rotate_layers, rotate_stack
+from kvtalk.rope import Angles, StackRope, rotate_layers
 from kvtalk.selection.tokens import FORETOLD
 from kvtalk.spec import LayerSpec, ModelSpec, tokenizer_digest
 
@@ -155,6 +155,42 @@ class Pairs:
     def to(self, device: torch.device | str) -> Pairs:
         """On another device."""
         return Pairs(*sent(torch.stack([self.rows, self.ours, self.theirs]), device))
+
+
+class Slots:
+    """Slots of a fuser at the receiver: all that fusing needs of them whatever is fused, made once.
+
+    Attributes:
+        which: their numbers.
+        places: 0, 1, 2 ..., ``[slots, 1]``, on the receiver's device.
+    """
+
+    def __init__(self, which: Sequence[int], spec: ModelSpec, rope: str, device: torch.device | str) -> None:
+        """Make the tables.
+
+        Args:
+            which: their numbers.
+            spec: of the receiver.
+            rope: whether keys are fused ``before`` their rotary embedding or ``after`` it.
+            device: of the receiver.
+        """
+        self.which = tuple(which)
+        self.places = torch.arange(len(self.which), device=device)[:, None]
+        self._kv_heads = spec.layers[0].kv_heads
+        turned = [rope == "before" and slot % 2 == 0 for slot in self.which]
+        ropes = [spec.layers[slot // 2].rope if turns else None for slot, turns in zip(self.which, turned, strict=True)]
+        self._rope = StackRope(ropes, device)
+
+    def angles(self, positions: Tensor) -> list[Angles]:
+        """Of keys at some positions, ``[tokens]``."""
+        return self._rope.angles(positions)
+
+    def turned(self, vectors: Tensor, angles: Sequence[Angles], inverse: bool = False) -> Tensor:
+        """Keys and values of some tokens, ``[slots, tokens, width]``, written over: keys rotated to their positions, or
+        back, where they are fused before that."""
+        heads = vectors.view(*vectors.shape[:2], self._kv_heads, -1)
+        self._rope.rotate_(heads.transpose(1, 2), angles, inverse)
+        return vectors
 
 
 @dataclass(frozen=True)
@@ -336,8 +372,9 @@ class ReceiverSide:
             raise AdapterError(f"the receiver needs the tokenizer of {card.sharer.name}, this is another one")
         self.card, self.lm, self.tokenizer = card, lm, tokenizer
         self.geometry = geometry_of(card)
-        self.fuser = beside(fuser.opened(), lm)
+        self.fuser = beside(fuser.opened(), lm).typed()
         self._parts = self.fuser.split(slots_at_once(lm.device.type, self.fuser))
+        self._slots = Slots(self.fuser.slots, lm.spec, self.geometry.rope, lm.device)
         self.spec = wire_spec(card, self.fuser.slots, replace(lm.spec, fingerprint=card.sharer.fingerprint))
 
     def additions(self, own: Own, prompts: Sequence[Prompt], prefixes: Sequence[Prefix]) -> list[Addition]:
@@ -379,14 +416,12 @@ class ReceiverSide:
         there = sent(torch.stack([columns[layer] for layer, _ in slots]), self.lm.device)
         once, owners = pairs.once()
         once, rows, owners = once.to(self.lm.device), *sent(torch.stack([pairs.rows, owners]), self.lm.device)
-        vectors = taken(received.layers, slots, rows, there.clamp(min=0))
+        vectors = taken(received.layers, slots, self._slots.places, rows, there.clamp(min=0))
         vectors, missing = averaged(vectors, there < 0, owners, len(once.rows))
-        ours = own.vectors(once, self.fuser.slots, self.geometry.rope)
-        sizes = [len(part.slots) for part in self._parts]
-        both = zip(self._parts, torch.split(vectors, sizes), torch.split(ours, sizes), strict=True)
-        added = torch.cat([part(theirs, own) for part, theirs, own in both])
-        added = added.masked_fill(missing[:, :, None], 0)
-        return [Addition(once, self.fuser.slots, added, self.geometry.rope, self.geometry.last)]
+        angles = self._slots.angles(once.ours)
+        added = computed(self._parts, vectors, own.vectors(once, self._slots, angles))
+        added = self._slots.turned(added.masked_fill(missing[:, :, None], 0), angles)
+        return [Addition(once, self._slots.which, added, self.geometry.last)]
 
 
 @dataclass(frozen=True)
@@ -396,15 +431,13 @@ class Addition:
     Attributes:
         pairs: to which tokens, each once; on the device of what is added.
         slots: to which layers' keys or values.
-        added: ``[slots, tokens, width]``.
-        rope: whether keys among it are to be rotated (``before``) or lie as the model holds them.
+        added: ``[slots, tokens, width]``, keys rotated as the model holds them.
         last: whether it adds to the prompts' last tokens, too.
     """
 
     pairs: Pairs
     slots: Sequence[int]
     added: Tensor
-    rope: str
     last: bool
 
 
@@ -440,9 +473,9 @@ class Own:
         """The last token of each prompt, with which the receiver goes on."""
         return [one.ids[-1:] for one in self.read]
 
-    def vectors(self, pairs: Pairs, slots: Sequence[int], rope: str) -> Tensor:
-        """Its keys and values of some tokens, ``[slots, tokens, width]``."""
-        return own_vectors(self.cache, self.lm.spec, pairs, slots, rope)
+    def vectors(self, pairs: Pairs, slots: Slots, angles: Sequence[Angles]) -> Tensor:
+        """See :func:`own_vectors`."""
+        return own_vectors(self.cache, pairs, slots, angles)
 
     def placed(self, additions: Sequence[Addition]) -> PlacedCache:
         """The cache with what sharers add, ready for the last token."""
@@ -478,7 +511,7 @@ def placed_but_last(lm: LM, cache: KVCache, additions: Sequence[Addition], await
     """
     layers = [(layer.keys, layer.values) for layer in cache.layers]
     for addition in additions:
-        layers = enriched(layers, lm.spec, addition)
+        layers = enriched(layers, addition)
     ends = torch.tensor(cache.length) - 1
     rows, last = torch.arange(len(ends)), sent(ends, lm.device)
     held = [
@@ -548,6 +581,7 @@ def bare_layers(
 def taken(
     layers: Sequence[LayerCache] | Mapping[int, LayerCache],
     slots: Sequence[tuple[int, int]],
+    places: Tensor,
     rows: Tensor,
     columns: Tensor,
 ) -> Tensor:
@@ -556,13 +590,23 @@ def taken(
     Args:
         layers: of one shape.
         slots: index of the layer, and whether its keys (0) or values (1).
-        rows: of each token, ``[tokens]``, on the device of the layers.
+        places: see :class:`Slots`, on the device of the layers.
+        rows: of each token, ``[tokens]``, there too.
         columns: of each token, ``[tokens]``, or ``[slots, tokens]`` where they differ between slots.
     """
     tensors = [(layers[index].keys, layers[index].values)[kind] for index, kind in slots]
-    *begins, _ = accumulate((tensor.shape[2] for tensor in tensors), initial=0)
-    there = columns + sent(torch.tensor(begins)[:, None], columns.device)
-    return torch.cat(tensors, dim=2).transpose(1, 2)[rows, there].flatten(2)
+    longest = max(tensor.shape[2] for tensor in tensors)
+    filled = [one if one.shape[2] == longest else F.pad(one, (0, 0, 0, longest - one.shape[2])) for one in tensors]
+    return torch.stack(filled).transpose(2, 3)[places, rows, columns].flatten(2)
+
+
+def computed(parts: Sequence[Fuser], sharer: Tensor, receiver: Tensor) -> Tensor:
+    """What a fuser that may be split by slots adds; see :meth:`kvtalk.adapters.fuser.Fuser.forward`."""
+    if len(parts) == 1:
+        return torch.as_tensor(parts[0](sharer, receiver))
+    sizes = [len(part.slots) for part in parts]
+    both = zip(parts, torch.split(sharer, sizes), torch.split(receiver, sizes), strict=True)
+    return torch.cat([part(theirs, ours) for part, theirs, ours in both])
 
 
 def averaged(vectors: Tensor, missing: Tensor, owners: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -587,19 +631,25 @@ def averaged(vectors: Tensor, missing: Tensor, owners: Tensor, count: int) -> tu
     return (sums / counts.clamp(min=1)).to(vectors.dtype), counts[:, :, 0] == 0
 
 
-def own_vectors(cache: KVCache, spec: ModelSpec, pairs: Pairs, slots: Sequence[int], rope: str) -> Tensor:
-    """Keys and values of some tokens of a cache from position 0 on, ``[slots, tokens, width]``."""
-    vectors = taken(cache.layers, [divmod(slot, 2) for slot in slots], pairs.rows, pairs.ours)
-    return _turned(vectors, slots, spec, pairs.ours, inverse=True) if rope == "before" else vectors
+def own_vectors(cache: KVCache, pairs: Pairs, slots: Slots, angles: Sequence[Angles]) -> Tensor:
+    """Keys and values of some tokens of a cache from position 0 on, keys as the fuser takes them.
+
+    Args:
+        cache: the receiver's.
+        pairs: which tokens, each once.
+        slots: which layers' keys or values.
+        angles: of the tokens' positions, as ``slots`` gives them.
+
+    Returns:
+        ``[slots, tokens, width]``.
+    """
+    read = [divmod(slot, 2) for slot in slots.which]
+    return slots.turned(taken(cache.layers, read, slots.places, pairs.rows, pairs.ours), angles, inverse=True)
 
 
-def enriched(
-    layers: Sequence[tuple[Tensor, Tensor]], spec: ModelSpec, addition: Addition
-) -> list[tuple[Tensor, Tensor]]:
+def enriched(layers: Sequence[tuple[Tensor, Tensor]], addition: Addition) -> list[tuple[Tensor, Tensor]]:
     """Keys and values of every layer with an addition; gradients flow into it."""
     pairs, slots, added = addition.pairs, addition.slots, addition.added
-    if addition.rope == "before":
-        added = _turned(added, slots, spec, pairs.ours, inverse=False)
     held = torch.stack([layers[slot // 2][slot % 2] for slot in slots])
     held.transpose(2, 3)[:, pairs.rows, pairs.ours] += added.reshape(*added.shape[:2], held.shape[2], -1)
     made = [list(layer) for layer in layers]
@@ -672,10 +722,3 @@ def _columns(positions: Tensor, pairs: Pairs) -> Tensor:
     table[rows, where] = torch.arange(positions.shape[1]).expand_as(positions)
     table[:, longest] = -1
     return table[pairs.rows, pairs.theirs]
-
-
-def _turned(vectors: Tensor, slots: Sequence[int], spec: ModelSpec, positions: Tensor, inverse: bool) -> Tensor:
-    """Keys and values of some tokens, ``[slots, tokens, width]``, keys rotated to their positions or back."""
-    heads = vectors.reshape(*vectors.shape[:2], spec.layers[0].kv_heads, -1).transpose(1, 2)
-    ropes = [None if slot % 2 else spec.layers[slot // 2].rope for slot in slots]
-    return rotate_stack(heads, ropes, positions, inverse).transpose(1, 2).flatten(2)

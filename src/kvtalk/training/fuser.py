@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from kvtalk.adapters.fuser import Fuser, FuserGeometry
-from kvtalk.adapters.fusing import Addition, averaged, bare_layers, own_vectors, placed_but_last, read_of, taken
+from kvtalk.adapters.fusing import Addition, Slots, averaged, bare_layers, own_vectors, placed_but_last, read_of, taken
 from kvtalk.cache import PADDING, KVCache, LayerCache
 from kvtalk.codecs import codec
 from kvtalk.device import sent
@@ -103,7 +103,7 @@ class Fusing:
         for lm in (sharer, receiver):
             lm.model.requires_grad_(False)
         _ = receiver.unembedding  # refuses a receiver that cannot be trained for, before anything is read
-        self.slots = tuple(range(geometry.slots))
+        self.slots = Slots(range(geometry.slots), receiver.spec, geometry.rope, receiver.device)
 
     def losses(self, module: nn.Module, batch: FusedBatch, step: int) -> dict[str, Tensor]:
         """See :func:`answers_loss`."""
@@ -184,7 +184,7 @@ class Fusing:
         cache, _ = self.sharer.read_whole(batch.sharer)
         wanted = sorted(set(self.geometry.layers))
         layers = bare_layers(cache, self.sharer.spec, self.geometry, wanted)
-        pairs, slots = batch.pairs, read_of(self.geometry, self.slots)
+        pairs, slots = batch.pairs, read_of(self.geometry, self.slots.which)
         columns = pairs.theirs + torch.tensor(batch.begins)[pairs.rows]
         missing = torch.zeros(len(slots), len(columns), dtype=torch.bool)
         if self.plan is not None:
@@ -197,14 +197,14 @@ class Fusing:
             parts = zip(wanted, keys.chunk(len(wanted)), values.chunk(len(wanted)), strict=True)
             layers = {index: LayerCache(key, value, first.positions) for index, key, value in parts}
         rows, columns = sent(torch.stack([pairs.rows, columns]), self.receiver.device)
-        return taken(layers, slots, rows, columns), sent(missing, self.receiver.device)
+        return taken(layers, slots, self.slots.places, rows, columns), sent(missing, self.receiver.device)
 
     def own(self, batch: FusedBatch) -> tuple[KVCache, Tensor]:
         """The receiver's cache of the prompts, and its keys and values of the tokens that are enriched,
         ``[slots, tokens, width]``."""
         cache, _ = self.receiver.read_whole(batch.receiver)
         pairs = batch.pairs.once()[0].to(self.receiver.device)
-        return cache, own_vectors(cache, self.receiver.spec, pairs, self.slots, self.geometry.rope)
+        return cache, own_vectors(cache, pairs, self.slots, self.slots.angles(pairs.ours))
 
     def answered(self, module: nn.Module | None, batch: FusedBatch, *, zeroed: bool = False) -> tuple[Tensor, Tensor]:
         """Mean cross-entropy of right answers with all rows alike, and that of every answer's token."""
@@ -217,9 +217,10 @@ class Fusing:
         if module is not None:
             theirs, missing = self._theirs(batch)
             added = module(torch.zeros_like(theirs) if zeroed else theirs, ours)
-            added = added.masked_fill(missing[:, :, None], 0)
             pairs = batch.pairs.once()[0].to(self.receiver.device)
-            additions.append(Addition(pairs, self.slots, added, self.geometry.rope, self.geometry.last))
+            angles = self.slots.angles(pairs.ours)
+            added = self.slots.turned(added.masked_fill(missing[:, :, None], 0), angles)
+            additions.append(Addition(pairs, self.slots.which, added, self.geometry.last))
         placed = placed_but_last(self.receiver, cache, additions, self.geometry.last)
         hidden = self.receiver.states(batch.tails, placed.rows(batch.prompts))
         longest = hidden.shape[1]  # padded on the left
