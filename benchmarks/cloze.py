@@ -2,9 +2,9 @@
 
     python benchmarks/cloze.py general.jsonl.gz cloze.jsonl.gz --questions 20000
 
-Rows have ``context``, ``question``, ``answers``. A context is a passage of the text, the question one of its sentences
-with a gap, or with *What* in the place of how it begins; the answer stands nowhere else in that sentence. They teach to
-keep which name or number stood where, for which texts with human questions are too few.
+Rows have ``id``, ``context``, ``question``, ``answers``. A context is a passage of the text, the question one of its
+sentences with a gap whose words stand nowhere else in that sentence, or with *What* in the place of how it begins. They
+teach to keep which name or number stood where, for which texts with human questions are too few.
 """
 
 from __future__ import annotations
@@ -70,20 +70,21 @@ def asked(sentences: list[str], rng: random.Random) -> dict[str, Any] | None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("texts", type=Path)
+    parser.add_argument("texts", type=Path, help="rows with text, or with context")
     parser.add_argument("out", type=Path)
     parser.add_argument("--questions", type=int, default=20_000)
     args = parser.parse_args()
     rng = random.Random(0)
     with gzip.open(args.texts, "rt", encoding="utf-8") as file:
-        texts = [json.loads(line)["text"] for line in file]
+        rows = [json.loads(line) for line in file]
+    texts = dict.fromkeys(row["text"] if "text" in row else row["context"] for row in rows)
     every = [some for text in texts for some in passages(text, rng)]
     rng.shuffle(every)
     made: list[dict[str, Any]] = []
     for sentences in every:
         row = asked(sentences, rng)
         if row is not None:
-            made.append(row)
+            made.append({"id": f"{args.texts.name.partition('.')[0]}-{len(made):05d}", **row})
         if len(made) == args.questions:
             break
     with gzip.open(args.out, "wt", encoding="utf-8") as file:

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import gzip
 import json
+import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+import numpy as np
 
 from kvtalk.evaluation import timing
 from kvtalk.evaluation.letters import read_as_published
@@ -63,11 +66,21 @@ TABLES = (
     "decoding",
     "fused",
     "cut",
+    "five",
+    "oracle",
+    "known",
+    "sent",
     "taught",
     "worth",
     "fusing",
 )
+FUSED = RESULTS / "fuser"
 FUSED_ARMS = ("receiver", "sharer", "relay", "routing", "fused bf16", "wrong bf16", "zeroed bf16", "self bf16")
+CUT_ARMS = tuple(name for name in FUSED_ARMS if name != "routing")
+CONTROLS = ("wrong bf16", "zeroed bf16", "self bf16")
+FUSED_PAIRS = PAIRS[::-1]
+FUSED_METRICS = {"likelihood": "acc_norm", "letter": "acc"}
+RESAMPLES = 2000
 CHOICE_TASKS = ("openbookqa", "arc_challenge", "arc_easy", "mmlu_redux", "ceval")
 
 
@@ -211,31 +224,92 @@ def lora() -> Iterator[str]:
 
 def fused() -> Iterator[str]:
     """Fused caches: what the fuser makes of the sharer's, and of what else stands in its place."""
-    yield from _fused_head("task, protocol", FUSED_ARMS)
-    for protocol, metric in (("likelihood", "acc_norm"), ("letter", "acc")):
-        for task in CHOICE_TASKS:
-            folder = RESULTS / "fuser" / task / protocol / PAIRS[1]
-            if folder.exists():
-                yield _fused_row(f"{task}, {protocol}", folder, metric)
-    yield _fused_row("squad, the context at the sharer", RESULTS / "fuser" / "squad" / PAIRS[1], "f1")
+    yield from _fused_head("sharer+receiver, task, protocol", FUSED_ARMS)
+    for pair in FUSED_PAIRS:
+        for protocol, metric in FUSED_METRICS.items():
+            for task in CHOICE_TASKS:
+                folder = FUSED / task / protocol / pair
+                if folder.exists():
+                    yield _fused_row(f"{pair}, {task}, {protocol}", folder, metric)
 
 
 def cut() -> Iterator[str]:
     """The same of runs that were cut off: of the questions that every arm had answered."""
-    names = [name for name in FUSED_ARMS if name != "routing"]
-    yield from _fused_head("task, likelihood", names)
-    for file in sorted((RESULTS / "fuser" / "cut").glob("*.jsonl.gz")):
-        found: dict[str, dict[str, float]] = {}
-        with gzip.open(file, "rt", encoding="utf-8") as lines:
-            for row in map(json.loads, lines):
-                found.setdefault(row["arm"], {})[row["id"]] = 100 * row["scores"]["acc_norm"]
-        asked = sorted(set.intersection(*(set(found[name]) for name in names)))
-        scores = {name: [found[name][key] for key in asked] for name in names}
-        cells = [figure("acc_norm", bootstrap(scores[name]).rounded()) for name in names]
-        best = max(("wrong bf16", "zeroed bf16", "self bf16"), key=lambda name: sum(scores[name]))
-        gain = bootstrap([one - other for one, other in zip(scores["fused bf16"], scores[best], strict=True)])
-        task = file.name.removesuffix(".jsonl.gz")
-        yield f"| {task} | {len(asked):,} | {' | '.join(cells)} | {signed(gain.rounded())} |"
+    yield from _fused_head("sharer+receiver, task, protocol", CUT_ARMS)
+    for pair in FUSED_PAIRS:
+        for protocol, metric in FUSED_METRICS.items():
+            for task in CHOICE_TASKS:
+                if _cut_file(pair, task, protocol).exists():
+                    scores = _fused_scores(pair, task, protocol)
+                    cells = [figure(metric, bootstrap(scores[name]).rounded()) for name in CUT_ARMS]
+                    best = max(CONTROLS, key=lambda name: sum(scores[name]))
+                    gain = bootstrap(
+                        [one - other for one, other in zip(scores["fused bf16"], scores[best], strict=True)]
+                    )
+                    title, count = f"{pair}, {task}, {protocol}", len(scores["receiver"])
+                    yield f"| {title} | {count:,} | {' | '.join(cells)} | {signed(gain.rounded())} |"
+
+
+def five() -> Iterator[str]:
+    """Means over the five sets, each counting alike; the gain is against the best control of that mean."""
+    yield f"| sharer+receiver, protocol | {' | '.join(name.removesuffix(' bf16') for name in CUT_ARMS)} | gain |"
+    yield "| --- " * (len(CUT_ARMS) + 2) + "|"
+    for pair in FUSED_PAIRS:
+        for protocol in FUSED_METRICS:
+            sets = [_fused_scores(pair, task, protocol) for task in CHOICE_TASKS]
+            means = {name: statistics.mean(statistics.mean(one[name]) for one in sets) for name in CUT_ARMS}
+            best = max(CONTROLS, key=means.__getitem__)
+            rng = np.random.default_rng(0)
+            drawn = np.zeros(RESAMPLES)
+            for one in sets:
+                gained = np.array(one["fused bf16"]) - np.array(one[best])
+                drawn += gained[rng.integers(len(gained), size=(RESAMPLES, len(gained)))].mean(axis=1) / len(sets)
+            low, high = np.quantile(drawn, (0.025, 0.975))
+            gain = signed([means["fused bf16"] - means[best], float(low), float(high)])
+            yield f"| {pair}, {protocol} | {' | '.join(f'{means[name]:.1f}' for name in CUT_ARMS)} | {gain} |"
+
+
+def oracle() -> Iterator[str]:
+    """The sharer reads the context, too, the receiver the question alone; F1."""
+    names = ("receiver", "text", "fused bf16", "wrong bf16", "zeroed bf16")
+    yield from _fused_head("sharer+receiver, questions", names)
+    for title, place in (("SQuAD", "oracle/squad"), ("gaps", "cloze")):
+        for pair in FUSED_PAIRS:
+            yield _fused_row(f"{pair}, {title}", FUSED / place / pair, "f1", names)
+
+
+def known() -> Iterator[str]:
+    """The same with options to choose from (accuracy), and in nats."""
+    names = ("none", "right", "wrong", "zeroed")
+    yield "| sharer+receiver, questions | measure | questions | alone | fused | wrong | zeroed | gain |"
+    yield "| --- " * 8 + "|"
+    for pair in FUSED_PAIRS:
+        for row in json.loads((FUSED / "oracle" / f"known.{pair}.json").read_text("utf-8"))["measured"]:
+            title = {"known": "SQuAD, options", "oracle": "SQuAD"}[row["kind"]]
+            digits = 1 if row["measure"] == "accuracy" else 3
+            cells = [f"{row[name][0]:.{digits}f}" for name in names]
+            mean, low, high = (f"{value:+.{digits}f}" for value in row["gain"])
+            measured = f"{row['measure']} | {row['rows']:,} | {' | '.join(cells)}"
+            yield f"| {pair}, {title} | {measured} | {mean} [{low}, {high}] |"
+
+
+def sent() -> Iterator[str]:
+    """What crosses against what it is worth, with the context at the sharer alone."""
+    yield "| what crosses | " + " | ".join(f"{pair}: bytes | NLL | F1" for pair in FUSED_PAIRS) + " |"
+    yield "| --- " * (1 + 3 * len(FUSED_PAIRS)) + "|"
+    both = [_records(FUSED / "oracle" / "curve" / f"{pair}.jsonl.gz") for pair in FUSED_PAIRS]
+    first = {arm: statistics.mean(row["bytes"] for row in rows) for arm, rows in both[0].items()}
+    for arm in sorted(first, key=lambda arm: (-first[arm], arm)):
+        cells = [arm.removeprefix("fused ")]
+        for found in both:
+            rows = found[arm]
+            means = [statistics.mean(row["scores"][name] for row in rows) for name in ("nll", "f1")]
+            cells += [
+                f"{statistics.mean(row['bytes'] for row in rows):,.0f}",
+                f"{means[0]:.2f}",
+                f"{100 * means[1]:.1f}",
+            ]
+        yield f"| {' | '.join(cells)} |"
 
 
 def taught() -> Iterator[str]:
@@ -258,31 +332,55 @@ def worth() -> Iterator[str]:
     names = ("right", "wrong", "zeroed", "none", "self")
     yield f"| kind of row | rows | {' | '.join(names)} | gain |"
     yield "| --- " * (len(names) + 3) + "|"
-    for row in json.loads((RESULTS / "fuser" / "gain.json").read_text("utf-8"))["measured"]:
+    for row in json.loads((FUSED / "gain.json").read_text("utf-8"))["measured"]:
         cells = [f"{row[name][0]:.3f}" for name in names]
         mean, low, high = row["gain"]
         yield f"| {row['kind']} | {row['rows']} | {' | '.join(cells)} | {mean:+.3f} [{low:+.3f}, {high:+.3f}] |"
 
 
 def _fused_head(first: str, names: Sequence[str]) -> Iterator[str]:
-    yield f"| {first} | questions | {' | '.join(name.removesuffix(' bf16') for name in names)} | gain |"
+    yield f"| {first} | items | {' | '.join(name.removesuffix(' bf16') for name in names)} | gain |"
     yield "| --- " * (len(names) + 3) + "|"
 
 
-def _fused_row(title: str, folder: Path, metric: str) -> str:
+def _fused_row(title: str, folder: Path, metric: str, names: Sequence[str] = FUSED_ARMS) -> str:
     rows = rows_of(folder)
-    cells = [figure(metric, rows[name][metric]) if name in rows else "" for name in FUSED_ARMS]
+    cells = [figure(metric, rows[name][metric]) for name in names]
     return f"| {title} | {rows['receiver']['items']:,} | {' | '.join(cells)} | {signed(rows['fused bf16']['gain'])} |"
+
+
+def _fused_scores(pair: str, task: str, protocol: str) -> dict[str, list[float]]:
+    """In percent, by arm, items in the same order; of a run that was cut off those that every arm answered."""
+    file = _cut_file(pair, task, protocol)
+    whole = FUSED / task / protocol / pair / "items.jsonl.gz"
+    rows = _records(whole if whole.exists() else file)
+    scores = {arm: {row["id"]: 100 * row["scores"][FUSED_METRICS[protocol]] for row in rows[arm]} for arm in CUT_ARMS}
+    return {arm: [found[key] for key in scores["receiver"]] for arm, found in scores.items()}
+
+
+def _cut_file(pair: str, task: str, protocol: str) -> Path:
+    return FUSED / "cut" / f"{task}.{protocol}.{pair}.jsonl.gz"
+
+
+def _records(file: Path) -> dict[str, list[dict]]:
+    """Of every arm."""
+    found: dict[str, list[dict]] = {}
+    with gzip.open(file, "rt", encoding="utf-8") as lines:
+        for row in map(json.loads, lines):
+            found.setdefault(row["arm"], []).append(row)
+    return found
 
 
 def fusing() -> Iterator[str]:
     """Time to fuse against a fuser of the published size, computed layer by layer."""
-    yield "| type | published size, by layer | published size, stacked | ours | by layer / ours, median [range] |"
+    yield "| where, type | published size, by layer | the same, stacked | ours | by layer / ours, median [range] |"
     yield "| --- " * 5 + "|"
-    for row in json.loads((RESULTS / "bench" / "fuser_cpu.json").read_text())["measured"]:
-        times = " | ".join(f"{row[f'{name}_ms']:,.0f} ms" for name in ("layers", "stacked", "ours"))
-        ratio = row["layers_over_ours"]
-        yield f"| {row['dtype']} | {times} | {ratio['median']:.1f} [{ratio['range'][0]:.1f}, {ratio['range'][1]:.1f}] |"
+    for where, device, digits in (("2 CPU cores", "cpu", 0), ("H200", "cuda", 1)):
+        measured = json.loads((RESULTS / "bench" / f"fuser_{device}.json").read_text())["measured"]
+        for row in (row for row in measured if row["device"] == device):
+            times = " | ".join(f"{row[name + '_ms']:,.{digits}f} ms" for name in ("layers", "stacked", "ours"))
+            ratio = "{median:.1f} [{range[0]:.1f}, {range[1]:.1f}]".format(**row["layers_over_ours"])
+            yield f"| {where}, {row['dtype']} | {times} | {ratio} |"
 
 
 def across() -> Iterator[str]:

@@ -256,6 +256,7 @@ def test_several_sharers_have_a_fuser_and_a_budget_each(
         assert run.returncode == 0, run.stderr
         fused_row, alone = json.loads(run.stdout).values()
         assert sum(fused_row["each"]) == fused_row["bytes"] > alone["bytes"] == 0
+        assert fused_row["plan"].count(" + ") == 1
         return fused_row["each"]
 
     one, other = sizes("4KB", "3KB")
@@ -476,7 +477,7 @@ def test_a_lora_learns_what_a_fuser_learns(tiny_folder: Path, tmp_path: Path) ->
     rows += [{"prompt": f"Say {n}.", "response": f"It is {n}."} for n in range(9)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     sizes = ("--steps", 10, "--rows", 4, "--rank", 2, "--check-every", 10, "--checks", 4)
-    made = in_process("train", "lora", "--as-fuser", "--receiver", tiny_folder, "--data", data, "--out", out, *sizes)
+    made = in_process("train", "lora-fuser", "--receiver", tiny_folder, "--data", data, "--out", out, *sizes)
     assert made.returncode == 0, made.stderr
     measured = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     figures = next(row for row in measured if row["step"] == 10 and "total" not in row)

@@ -123,6 +123,10 @@ def random_fuser(geometry: FuserGeometry, seed: int = 0) -> Fuser:
     return fuser.eval()
 
 
+def _fails(*_: object, **__: object) -> None:
+    raise RuntimeError("broken")
+
+
 class Pair:
     """A fuser between two models, joined by real packets."""
 
@@ -626,6 +630,18 @@ def test_more_layers_take_no_more_operators(rope: str) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("layer", [0, 3])
+def test_a_packet_without_a_layer_that_is_read_is_refused(
+    joined: Pair, receiver: LM, layer: int, tmp_path: Path
+) -> None:
+    fuser = random_fuser(joined.side.geometry)
+    with torch.no_grad():
+        fuser.gates[2 * layer : 2 * layer + 2] = -1
+    less = Pair(fuser, other_lm(), receiver, tmp_path)
+    with pytest.raises(PacketError, match="layers: .*a layer that this fuser reads did not cross"):
+        joined.receiver.fuse(PROMPTS, [less.received()])
+
+
 def test_what_several_sharers_add_is_summed_over_the_clean_cache(joined: Pair, receiver: LM, tmp_path: Path) -> None:
     second = Pair(random_fuser(geometry_of(tiny_lm("qwen3"), receiver), 1), tiny_lm("qwen3"), receiver, tmp_path)
     received = [[pair.receiver.unpack(0, blob) for blob in pair.packets()] for pair in (joined, second)]
@@ -1084,6 +1100,13 @@ def test_turns_are_fused_one_after_the_other(
             torch.testing.assert_close(keys, native[0], atol=1e-4, rtol=1e-4)
             torch.testing.assert_close(values, native[1], atol=1e-4, rtol=1e-4)
     assert before[0][0].shape[2] == len(prompt) + len(first.generation.ids) - 1
+    read = [one.tokens for one in (talk.turns.ours, *talk.turns.theirs)]
+    with pytest.raises(BudgetError):
+        talk.ask("And when?", budget="10")
+    with monkeypatch.context() as broken, pytest.raises(RuntimeError, match="broken"):
+        broken.setattr(receiver, "generate", _fails)
+        talk.ask("And when?")
+    assert [one.tokens for one in (talk.turns.ours, *talk.turns.theirs)] == read
     second = talk.ask("And when?", max_new_tokens=6)
     assert second.cost.bytes < first.cost.bytes
     after = other_lm().encode("\nAnswer:")

@@ -25,7 +25,7 @@ from kvtalk.training.translator import Pair, training
 
 CONTEXT = "The ferry was built in 1931 by the Harlow yard; naïve people call it 北京 😀."
 POOL = 4
-RECIPE = Recipe(Schedule(4, 3e-3, warm_up=2), tokens=256, widths=(16, 32), seed=3, longest=400, regression_weight=0)
+RECIPE = Recipe(Schedule(4, 3e-3, warm_up=2), tokens=256, widths=(16, 32), seed=3, longest=400)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

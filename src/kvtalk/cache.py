@@ -33,7 +33,7 @@ class LayerCache:
         values: the same shape.
         positions: ``[batch, tokens]`` int64, the index of each token in its own sequence; −1 for padding.
         scores: ``[batch, tokens]``, what a fuser's predictor foretells of each token, for token policies that choose by
-            it; None otherwise, and in what is taken of a layer but for whole rows.
+            it, else None. Parts of a layer have none, but for whole rows.
     """
 
     keys: Tensor

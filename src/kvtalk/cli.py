@@ -848,7 +848,7 @@ def _print_phases(made: Answer) -> None:
     each = f" ({' + '.join(f'{size:,}' for size in cost.each)})" if cost.each else ""
     out.print(f"the cache's way: {cost.bytes:,} bytes{each}{bits}")
     if made.plan is not None:
-        out.print(f"plan: {made.plan}", highlight=False)
+        out.print(f"plan: {_plans(made)}", highlight=False)
     table = Table("phase", "ms")
     for phase in ("prefill", "encode", "decode", "place", "first_token", "rest"):
         seconds = getattr(cost, phase)
@@ -861,9 +861,13 @@ def _listed(text: str | None) -> list[str]:
     return [word.strip() for word in (text or "").split(",") if word.strip()]
 
 
+def _plans(made: Answer) -> str | None:
+    """Of every sharer."""
+    return None if made.plan is None else " + ".join(map(str, made.plans or (made.plan,)))
+
+
 def _as_dict(made: Answer) -> dict[str, Any]:
-    plan = None if made.plan is None else str(made.plan)
-    return {"answer": made.text, "plan": plan, **asdict(made.cost)}
+    return {"answer": made.text, "plan": _plans(made), **asdict(made.cost)}
 
 
 if __name__ == "__main__":

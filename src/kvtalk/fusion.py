@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -275,28 +276,44 @@ class Fusion:
         """
         turns = turns or Turns(Earlier(), [Earlier() for _ in self.sharers])
         budgets = self._budgets(budget)
+        with turns.kept():
+            return self._answered(theirs, ours, budgets, plan, max_new_tokens, turns, options)
+
+    def _answered(
+        self,
+        theirs: Sequence[Prompt],
+        ours: Prompt,
+        budgets: Sequence[Budget | str | None],
+        plan: Plan | None,
+        max_new_tokens: int,
+        turns: Turns,
+        options: dict[str, Any],
+    ) -> Answer:
+        plans: list[Plan] = []
         sizes: list[int] = []
-        bits, tokens, sent = 0.0, 0, []
-        used: Plan | None = None
+        values, tokens, sent = 0, 0, []
         clock = _Clock(self.receiver.lm)
         every = zip(self.sharers, theirs, turns.theirs, budgets, strict=True)
         for number, (sharer, prompt, earlier, allowed) in enumerate(every):
             cache = sharer.read(prompt, earlier=earlier)
             clock.lap("prefill")
-            used = sharer.plan(cache, allowed, plan)
-            blob = sharer.encode_rows([prompt], cache, [used])[0]
+            plans.append(sharer.plan(cache, allowed, plan))
+            blob = sharer.encode_rows([prompt], cache, plans[-1:])[0]
             clock.lap("encode")
             sent.append([self.receiver.unpack(number, blob)])
             clock.lap("decode")
             sizes.append(len(blob))
-            bits, tokens = bits + sharer.bits(blob, cache.length[0]), tokens + cache.length[0]
+            tokens += cache.length[0]
+            values += cache.length[0] * sharer.side.lm.spec.values_per_token
         last, placed = self.receiver.fuse([ours], sent, turns.ours)
         clock.lap("place")
         made = self.receiver.lm.generate(last, placed, max_new_tokens=max_new_tokens, **options)[0]
         turns.ours = Earlier(placed, list(made.ids[-1:]))
         seconds = {**clock.seconds, "first_token": made.first_token_seconds, "rest": made.rest_seconds}
-        each = tuple(sizes) if len(sizes) > 1 else ()
-        return Answer(made.text, made, Cost(sum(sizes), bits, tokens, **seconds, each=each), used)
+        several = len(sizes) > 1
+        each = tuple(sizes) if several else ()
+        cost = Cost(sum(sizes), 8 * sum(sizes) / values, tokens, **seconds, each=each)
+        return Answer(made.text, made, cost, plans[0], tuple(plans) if several else ())
 
     def _budgets(self, budget: Budgets) -> list[Budget | str | None]:
         """Of each sharer.
@@ -324,6 +341,19 @@ class Turns:
 
     ours: Earlier
     theirs: list[Earlier]
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """What all have read of earlier turns stays as it is, if this one fails."""
+        before = [(one, one.placed, one.placed and one.placed.mark(), one.unread) for one in (self.ours, *self.theirs)]
+        try:
+            yield
+        except BaseException:
+            for one, placed, mark, unread in before:
+                one.placed, one.unread = placed, unread
+                if placed is not None and mark is not None:
+                    placed.rewind(mark)
+            raise
 
 
 class Conversation:

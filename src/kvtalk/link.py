@@ -29,8 +29,8 @@ class Cost:
 
     Attributes:
         bytes: ``len()`` of everything that crossed.
-        bits_per_value: those bits, over the values of the whole bf16 cache of the context at the sharer; 0 at a
-            receiver of latents, which does not know it.
+        bits_per_value: those bits, over the values of the whole bf16 cache of the context at the sharer, or at all
+            sharers; 0 at a receiver of latents, which does not know it.
         context_tokens: tokens of the context.
         prefill: seconds the sharer read the context.
         encode: seconds to select, plan and encode.
@@ -76,13 +76,15 @@ class Answer:
         text: the answer.
         generation: its tokens and times.
         cost: of the whole way.
-        plan: how the cache was packed; None where no cache was used.
+        plan: how the cache was packed; None where no cache was used. Of several sharers the first one's.
+        plans: of several sharers, each one's.
     """
 
     text: str
     generation: Generation
     cost: Cost
     plan: Plan | None = None
+    plans: tuple[Plan, ...] = ()
 
 
 class Sharer:

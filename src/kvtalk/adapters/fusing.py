@@ -386,7 +386,7 @@ class ReceiverSide:
             prefixes: what each prompt's packet holds.
 
         Raises:
-            PacketError: a packet that was not made for a fuser.
+            PacketError: a packet that was not made for a fuser, or lacks a layer that it reads.
             InputError: the sharer read another text.
         """
         theirs = tokenize(self.tokenizer, [prompt.shared for prompt in prompts])
@@ -405,6 +405,8 @@ class ReceiverSide:
         if own.start:
             pairs = replace(pairs, ours=pairs.ours + own.start)
         received = place(self.spec, None, [[prefix] for prefix in prefixes], room=0, device=self.lm.device).to_cache()
+        if not all(received.layers[layer].tokens for layer in self.fuser.sharer_layers):
+            raise PacketError("layers", "a layer that this fuser reads did not cross")
         columns = {layer: _columns(received.layers[layer].positions, pairs) for layer in self.fuser.sharer_layers}
         held = torch.zeros(len(pairs.rows), dtype=torch.bool)
         for where in columns.values():

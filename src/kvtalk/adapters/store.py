@@ -111,9 +111,10 @@ class Card:
 
     @property
     def identity(self) -> str:
-        """What packets name: a digest of everything but space and facts."""
+        """What packets name: a digest of everything but space, facts and the predictor, which changes no answer."""
         content = asdict(self, dict_factory=by_name)
         content = {key: value for key, value in content.items() if key not in ("space", "facts")}
+        content["weights"] = {part: digest for part, digest in self.weights.items() if part != _PREDICTOR}
         return str(xxhash.xxh3_64_hexdigest(json.dumps(content, sort_keys=True).encode()))
 
     @property
@@ -326,7 +327,9 @@ def add_predictor(folder: Path, predictor: Predictor, facts: dict[str, Any] | No
     blob = save(_packed(predictor, None))
     weights = {**card.weights, _PREDICTOR: str(xxhash.xxh3_64_hexdigest(blob))}
     card = replace(card, weights=weights, facts={**card.facts, _PREDICTOR: dict(facts or {})})
-    (folder / f"{_PREDICTOR}.safetensors").write_bytes(blob)
+    partial = folder / f"{_PREDICTOR}.partial"
+    partial.write_bytes(blob)
+    partial.replace(folder / f"{_PREDICTOR}.safetensors")
     _write_card(folder, card)
     return card
 

@@ -75,7 +75,7 @@ class Geometry:
             raise AdapterError(f"width {self.width}: must be a multiple of {HEAD}")
         if not 16 <= self.latent <= 4096 or self.latent % 8:
             raise AdapterError(f"latent {self.latent}: must be a multiple of 8 from 16 to 4,096")
-        if not 1 <= self.pool <= _MOST_POOLED:
+        if type(self.pool) is not int or not 1 <= self.pool <= _MOST_POOLED:
             raise AdapterError(f"pool {self.pool}: must be a number of tokens from 1 to {_MOST_POOLED}")
         if not self.receiver_layers or self.receiver_values % self.receiver_layers:
             raise AdapterError("the receiver's layers must all be of one shape")

@@ -57,7 +57,7 @@ class FP32(Plain):
 
 
 class Nothing(Codec):
-    """No bytes: for the values of a latent, which has none."""
+    """No bytes: for the values of a latent, which has none, and for keys or values that a fuser does not read."""
 
     family = "none"
     bits = 0

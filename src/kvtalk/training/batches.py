@@ -31,7 +31,7 @@ class Recipe:
         questions: share of the later steps that ask questions.
         quotes: share of the other later steps in which the receiver reads the context a second time, as text: where it
             goes on as the text does, every word must have come through the latents.
-        regression_weight: of the regression in later steps.
+        regression_weight: of the regression in later steps, of latents that stand for one token.
         shortest, longest: characters of plain contexts, drawn evenly on a log scale.
         codecs: with which latents are packed; drawn by chance, ``bf16`` stands for none.
         widths: to which latents are cut; drawn by chance.

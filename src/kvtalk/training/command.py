@@ -129,7 +129,6 @@ def translator(
         quotes=quotes,
         longest=longest,
         regression=regression,
-        regression_weight=Recipe.regression_weight if pool == 1 else 0.0,
         widths=tuple(size for size in Recipe.widths if size < latent),
         packing=pack,
         seed=seed,
@@ -286,46 +285,67 @@ def lora(
     rate: Annotated[float, typer.Option(help="Learning rate at its peak.")] = 5e-4,
     questions: Annotated[float, typer.Option(min=0, max=1, help="Share of steps that ask questions.")] = 0.5,
     longest: Annotated[int, typer.Option(min=200, help="Characters of the longest plain contexts.")] = 4000,
-    as_fuser: Annotated[
-        bool,
-        typer.Option(
-            "--as-fuser",
-            help="Learn what kvtalk train fuser learns, from the same rows, without a sharer: the baseline beside a "
-            "fuser; --rows then says how large a step is.",
-        ),
-    ] = False,
-    rows: Annotated[int, typer.Option(min=4, help="Prompts in a step, with --as-fuser.")] = 96,
     check_every: Annotated[int, typer.Option(min=1, help="Steps between validations and checkpoints.")] = 250,
-    checks: Annotated[int, typer.Option(min=4, help="Kept-back rows of each kind to validate on, so too.")] = 64,
     seed: Annotated[int, typer.Option(help="Of everything drawn.")] = 0,
 ) -> None:
-    """Train a LoRA of the receiver on the same data: the baseline beside a trained adapter.
+    """Train a LoRA of the receiver on the same texts: the baseline beside a translator.
 
     Use it as a model of its own: --receiver 'NAME+FOLDER'.
     """
     from kvtalk.models import LM
     from kvtalk.training.batches import Recipe
-    from kvtalk.training.exchanges import Exchanges, Mixture
     from kvtalk.training.loop import Schedule
-    from kvtalk.training.lora import answering, training
+    from kvtalk.training.lora import training
     from kvtalk.training.texts import Texts
 
-    read = Exchanges.load(data) if as_fuser else Texts.load(data)
+    texts = Texts.load(data)
     with out.status("loading ..."):
         lm = LM.load(receiver, device=_device())
     schedule = Schedule(steps=steps, rate=rate, optimizer="adamw")
-    if isinstance(read, Exchanges):
-        run = answering(lm, read, rank, schedule, out_folder, Mixture(rows=rows), checks, seed)
-    else:
-        recipe = Recipe(schedule, regression=0.0, tokens=tokens, questions=questions, longest=longest, seed=seed)
-        run = training(lm, read, rank, recipe, out_folder)
+    recipe = Recipe(schedule, regression=0.0, tokens=tokens, questions=questions, longest=longest, seed=seed)
+    run = training(lm, texts, rank, recipe, out_folder)
+    _save_lora(run, steps, check_every, f"--task squad --receiver '{receiver}+{out_folder}' --arms text ...")
+
+
+@app.command("lora-fuser")
+def lora_fuser(
+    receiver: Annotated[str, typer.Option("--receiver", "-r", help="Model that answers, without a sharer.")],
+    data: FusedDataOption,
+    out_folder: Annotated[Path, typer.Option("--out", "-o", help="Folder for checkpoints, log and the LoRA.")],
+    steps: Annotated[int, typer.Option(min=10, help="Optimizer steps.")] = 1500,
+    rows: Annotated[int, typer.Option(min=4, help="Prompts in a step.")] = 96,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Of the matrices; by default what has as many parameters as a fuser.")
+    ] = None,
+    rate: Annotated[float, typer.Option(help="Learning rate at its peak.")] = 2e-4,
+    check_every: Annotated[int, typer.Option(min=1, help="Steps between validations and checkpoints.")] = 250,
+    checks: Annotated[int, typer.Option(min=4, help="Kept-back rows of each kind to validate on.")] = 64,
+    seed: Annotated[int, typer.Option(help="Of everything drawn.")] = 0,
+) -> None:
+    """Train a LoRA of the receiver on a fuser's rows, with its loss: the baseline beside a fuser.
+
+    Contexts that are for a sharer alone are not read. Use it as a model of its own: --receiver 'NAME+FOLDER'.
+    """
+    from kvtalk.models import LM
+    from kvtalk.training.exchanges import Exchanges, Mixture
+    from kvtalk.training.loop import Schedule
+    from kvtalk.training.lora import answering, rank_of
+
+    exchanges = Exchanges.load(data)
+    with out.status("loading ..."):
+        lm = LM.load(receiver, device=_device())
+    schedule = Schedule(steps=steps, rate=rate, optimizer="adamw")
+    size = rank_of(lm, _FUSER_PARAMETERS) if rank is None else rank
+    run = answering(lm, exchanges, size, schedule, out_folder, Mixture(rows=rows), checks, seed)
+    _save_lora(run, steps, check_every, f"--task arc_easy --receiver '{receiver}+{out_folder}' --arms receiver ...")
+
+
+def _save_lora(run: Loop, steps: int, check_every: int, next_options: str) -> None:
+    """Train to the end and write what was trained."""
     trained = _go(run, steps, check_every)
-    if not run.accelerator.is_main_process:
-        return
-    trained.save_pretrained(out_folder)
-    how = "--task arc_easy" if as_fuser else "--task squad"
-    arms = "receiver" if as_fuser else "text"
-    out.print(f"next: kvtalk eval {how} --receiver '{receiver}+{out_folder}' --arms {arms} ...", highlight=False)
+    if run.accelerator.is_main_process:
+        trained.save_pretrained(run.out)
+        out.print(f"next: kvtalk eval {next_options}", highlight=False)
 
 
 def _loaded(sharer: str, receiver: str) -> tuple[LM, LM]:

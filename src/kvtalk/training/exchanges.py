@@ -195,7 +195,7 @@ class Mixture:
     Attributes:
         rows: of a step at most.
         tokens: characters ÷ 4 of its prompts, about, at most.
-        shares: of the steps, by kind; kinds without rows are left out.
+        shares: by which the kind of a step's rows is drawn, in proportion; kinds without rows are left out.
         letters: of multiple choice, how many rows ask for a letter; of others all options are compared in words.
         bare: of the latter, how many are asked without ``Question:`` and ``Answer:``.
     """

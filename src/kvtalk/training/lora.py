@@ -125,6 +125,16 @@ def training(lm: LM, texts: Texts, rank: int, recipe: Recipe, out: Path) -> Loop
     return _loop(lm, rank, Reading(lm, checks), batches, recipe.schedule, settings, out, recipe.seed)
 
 
+def rank_of(lm: LM, parameters: int) -> int:
+    """The largest rank with at most so many parameters in all linear layers, at least 1."""
+    sizes = [
+        linear.in_features + linear.out_features
+        for name, linear in lm.model.named_modules()
+        if isinstance(linear, nn.Linear) and linear is not lm.unembedding
+    ]
+    return max(1, parameters // sum(sizes))
+
+
 def answering(
     lm: LM,
     exchanges: Exchanges,

@@ -151,7 +151,8 @@ class Translation:
         if wanted is None:
             return {"regression": regression, "total": regression}
         found = self.pair.losses(self.pair.continued(batch, self._vectors(standard)), wanted, batch)
-        total = found["total"] + self.recipe.regression_weight * regression
+        weight = self.recipe.regression_weight if self.pair.pool == 1 else 0.0  # a group's mean is no target to keep
+        total = found["total"] + weight * regression
         return {**found, "regression": regression, "total": total}
 
     @contextmanager
