@@ -68,6 +68,8 @@ TABLES = (
     "cut",
     "five",
     "oracle",
+    "gaps",
+    "policies",
     "known",
     "sent",
     "taught",
@@ -276,6 +278,30 @@ def oracle() -> Iterator[str]:
     for title, place in (("SQuAD", "oracle/squad"), ("gaps", "cloze")):
         for pair in FUSED_PAIRS:
             yield _fused_row(f"{pair}, {title}", FUSED / place / pair, "f1", names)
+
+
+def gaps() -> Iterator[str]:
+    """What crosses against what it is worth where one name or number is missing."""
+    pair = FUSED_PAIRS[1]
+    rows = rows_of(FUSED / "cloze" / pair)
+    yield "| what crosses | bytes | F1 | exact, % | NLL |"
+    yield "| --- " * 5 + "|"
+    for name, row in sorted(rows.items(), key=lambda item: -item[1]["bytes"]):
+        if row["kind"] in ("fused", "wrong", "zeroed"):
+            figures = f"{figure('f1', row['f1'])} | {row['em'][0]:.1f} | {row['nll']:.2f}"
+            yield f"| {name.removeprefix('fused ')} | {row['bytes']:,} | {figures} |"
+
+
+def policies() -> Iterator[str]:
+    """Gaps, nats a token by the policy that chose what crossed; what foretelling loses against the exact scores."""
+    (row,) = json.loads((FUSED / "policies.json").read_text("utf-8"))["measured"]
+    names = list(row["kept"]["25%"]["loss"])
+    yield f"| kept | {' | '.join(names)} | lost by foretelling delta |"
+    yield "| --- " * (len(names) + 2) + "|"
+    for keep, found in row["kept"].items():
+        lost = "{:+.2f} [{:+.2f}, {:+.2f}]".format(*found["lost"]["delta_proj_vnorm"])
+        cells = [f"{found['loss'][name][0]:.2f}" for name in names]
+        yield f"| {keep} | {' | '.join(cells)} | {lost} |"
 
 
 def known() -> Iterator[str]:
