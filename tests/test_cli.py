@@ -213,6 +213,11 @@ def test_a_trained_fuser_answers_without_a_context(
     assert whole["bytes"] > rows["fused"]["bytes"]
     longer = json.loads(in_process("ask", *models, *options, "-c", context).stdout)["fused"]
     assert longer["context_tokens"] > whole["context_tokens"] > 5
+    known = json.loads(in_process("ask", *models, *options, "-c", context, "--private").stdout)
+    assert known["fused"]["context_tokens"] == whole["context_tokens"]
+    assert known["receiver alone"]["answer"] == rows["receiver alone"]["answer"]
+    refused(in_process("ask", *models, *options, "--private"), "--private is for a --context")
+    refused(in_process("ask", "-s", other_folder, "-q", "Who?", "-c", context, "--private"), "give both")
     foretold = json.loads(in_process("ask", *models, *options, "-p", "int4 delta_proj_vnorm@25%").stdout)["fused"]
     assert foretold["plan"] == "int4:token before delta_proj_vnorm@25%"
     assert foretold["bytes"] <= rows["fused"]["bytes"]

@@ -170,6 +170,9 @@ def ask(
     receiver: ReceiverOption = None,
     adapter: AdapterOption = None,
     fuser: FusersOption = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="With --fuser: only the sharer reads the context.")
+    ] = False,
     budget: BudgetsOption = None,
     plan: PlanOption = None,
     max_new_tokens: TokensOption = 48,
@@ -183,13 +186,16 @@ def ask(
 ) -> None:
     """Ask a question about a text that only the sharer reads, and see what it cost and what it bought.
 
-    With --fuser both models read everything, and the sharer's cache enriches the receiver's.
+    With --fuser both models read everything, or with --private all but the context, and the sharer's cache enriches the
+    receiver's.
     """
     text = None if context is None else read_text(context)
     chosen = _plan(plan, seed)
     sharers = sharer or [DEFAULT_MODEL]
+    if private and (not fuser or text is None):
+        raise InputError("--private is for a --context that only the sharer of a --fuser reads: give both")
     if fuser:
-        _ask_fused(fuser, sharers, receiver, text, question, budget or [], chosen, max_new_tokens, as_json)
+        _ask_fused(fuser, sharers, receiver, text, question, private, budget or [], chosen, max_new_tokens, as_json)
         return
     if len(sharers) > 1 or len(budget or []) > 1:
         raise InputError("several sharers, or a budget for each, need a --fuser for each sharer")
@@ -718,6 +724,7 @@ def _ask_fused(
     receiver: str | None,
     text: str | None,
     question: str,
+    private: bool,
     budgets: list[str],
     plan: Plan | None,
     tokens: int,
@@ -730,8 +737,8 @@ def _ask_fused(
         fusion = Fusion(receiver or sharers[0], sharers, fusers)
         fusion.ask("A question?", max_new_tokens=2)
     budget = budgets if len(budgets) > 1 else budgets[0] if budgets else None
-    answer = fusion.ask(question, text, budget=budget, plan=plan, max_new_tokens=tokens)
-    alone = Receiver(fusion.receiver.lm).answer_text(text, question, max_new_tokens=tokens)
+    answer = fusion.ask(question, text, private=private, budget=budget, plan=plan, max_new_tokens=tokens)
+    alone = Receiver(fusion.receiver.lm).answer_text(None if private else text, question, max_new_tokens=tokens)
     rows = {"fused": answer, "receiver alone": alone}
     if as_json:
         out.print_json(json.dumps({name: _as_dict(row) for name, row in rows.items()}))

@@ -214,6 +214,7 @@ class Fusion:
         question: str,
         context: str | None = None,
         *,
+        private: bool = False,
         budget: Budgets = None,
         plan: Plan | None = None,
         max_new_tokens: int = 48,
@@ -224,6 +225,7 @@ class Fusion:
         Args:
             question: read by all.
             context: a text before it, read by all.
+            private: only the sharers read the context; what crosses is their cache of the question.
             budget: bytes that may cross from each sharer; a list has one for each.
             plan: what of a sharer's cache to send and how; by default the best that fits the budget.
             max_new_tokens: at most so many.
@@ -236,8 +238,8 @@ class Fusion:
             raise InputError("the question is empty")
         form = self.receiver.lm.prompt
         theirs = [sharer.side.lm.prompt for sharer in self.sharers]
-        if context is None:
-            prompts, ours = [prompt_of(one, question) for one in theirs], prompt_of(form, question)
+        if context is None or private:
+            prompts, ours = [prompt_of(one, question, context or "") for one in theirs], prompt_of(form, question)
         else:
             space = " " if form.head.endswith(" ") else ""  # belongs to the word after it
             shared = f"{space}{context}{form.before_question}{question}"
