@@ -111,7 +111,8 @@ class Card:
 
     @property
     def identity(self) -> str:
-        """What packets name: a digest of everything but space, facts and the predictor, which changes no answer."""
+        """What packets name: a digest of everything but space, facts and the predictor, which only helps to choose what
+        crosses."""
         content = asdict(self, dict_factory=by_name)
         content = {key: value for key, value in content.items() if key not in ("space", "facts")}
         content["weights"] = {part: digest for part, digest in self.weights.items() if part != _PREDICTOR}
