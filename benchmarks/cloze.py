@@ -1,10 +1,12 @@
-"""Questions about running text to train on, without anybody to ask them: a name or a number of a sentence is left out.
+"""Questions about running text to train on, without anybody to ask them: a word of a sentence is left out.
 
     python benchmarks/cloze.py general.jsonl.gz cloze.jsonl.gz --questions 20000
 
 Rows have ``id``, ``context``, ``question``, ``answers``. A context is a passage of the text, the question one of its
-sentences with a gap whose words stand nowhere else in that sentence, or with *What* in the place of how it begins. They
-teach to keep which name or number stood where, for which texts with human questions are too few.
+sentences with a gap whose words stand nowhere else in that sentence, its beginning up to there, to be gone on with, or
+the sentence with *What* in the place of how it begins. Half of the gaps are names or numbers (with ``--names`` all of
+them, and nothing is to be gone on with), the others words that are not among the most frequent. They teach to keep which
+word stood where, for which texts with human questions are too few.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import gzip
 import json
 import random
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,9 @@ from typing import Any
 SENTENCE = re.compile(r"(?<=[.!?]) +(?=[A-Z\"'])")
 NAME = re.compile(r"(?<![.!?\"'] )(?<!^)\b[A-Z][\w'-]+(?: (?:of |the |de |van )?[A-Z][\w'-]+)*")
 NUMBER = re.compile(r"\b\d[\d,.:]*\d\b|\b\d+\b")
+WORD = re.compile(r"(?<![\w'-])[a-z]{3,}(?![\w'-])")
+FREQUENT = 400
+"""Words of the texts that are never left out, the most frequent ones: they say little."""
 BEGINNING = re.compile(
     r"^(?:The |A |An )?[A-Z][\w'-]+(?: [A-Z][\w'-]+)+(?= (?:is|was|are|were|has|had|can|will|came|made)\b)"
 )
@@ -30,6 +36,9 @@ ASKED = (
     'Complete what the text says: "{}"',
     'In the text, what stands for ____ in: "{}"',
 )
+GO_ON = 'Go on as the text does: "{}"'
+BEFORE = 20
+"""Characters of a beginning at least."""
 LEAST, MOST = 40, 220
 """Characters of a sentence."""
 CONTEXT = 300, 1200
@@ -50,8 +59,8 @@ def passages(text: str, rng: random.Random) -> Iterator[list[str]]:
             yield some
 
 
-def asked(sentences: list[str], rng: random.Random) -> dict[str, Any] | None:
-    """A question about one of them."""
+def asked(sentences: list[str], rng: random.Random, frequent: set[str] | None) -> dict[str, Any] | None:
+    """A question about one of them; without ``frequent`` words only about names and numbers."""
     usable = [sentence for sentence in sentences if LEAST <= len(sentence) <= MOST]
     if not usable:
         return None
@@ -60,11 +69,17 @@ def asked(sentences: list[str], rng: random.Random) -> dict[str, Any] | None:
     if begins and rng.random() < 0.5:
         return {"context": context, "question": f"What{sentence[begins.end() :].rstrip('.!')}?", "answers": [begins[0]]}
     found = [*NAME.finditer(sentence), *NUMBER.finditer(sentence)]
+    if frequent is not None and rng.random() < 0.5:
+        found = [word for word in WORD.finditer(sentence) if word[0] not in frequent]
     gaps = [gap for gap in found if 2 <= len(gap[0]) <= 40 and sentence.count(gap[0]) == 1]
     if not gaps:
         return None
     gap = rng.choice(gaps)
-    question = rng.choice(ASKED).format(f"{sentence[: gap.start()]}____{sentence[gap.end() :]}")
+    before = sentence[: gap.start()].rstrip()
+    if frequent is not None and len(before) >= BEFORE and rng.random() < 0.5:
+        question = GO_ON.format(before)
+    else:
+        question = rng.choice(ASKED).format(f"{sentence[: gap.start()]}____{sentence[gap.end() :]}")
     return {"context": context, "question": question, "answers": [gap[0]]}
 
 
@@ -73,16 +88,19 @@ def main() -> None:
     parser.add_argument("texts", type=Path, help="rows with text, or with context")
     parser.add_argument("out", type=Path)
     parser.add_argument("--questions", type=int, default=20_000)
+    parser.add_argument("--names", action="store_true", help="leave out names and numbers alone")
     args = parser.parse_args()
     rng = random.Random(0)
     with gzip.open(args.texts, "rt", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
     texts = dict.fromkeys(row["text"] if "text" in row else row["context"] for row in rows)
     every = [some for text in texts for some in passages(text, rng)]
+    counts = Counter(word[0] for some in every for sentence in some for word in WORD.finditer(sentence))
+    frequent = None if args.names else {word for word, _ in counts.most_common(FREQUENT)}
     rng.shuffle(every)
     made: list[dict[str, Any]] = []
     for sentences in every:
-        row = asked(sentences, rng)
+        row = asked(sentences, rng, frequent)
         if row is not None:
             made.append({"id": f"{args.texts.name.partition('.')[0]}-{len(made):05d}", **row})
         if len(made) == args.questions:

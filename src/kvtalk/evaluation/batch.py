@@ -241,6 +241,7 @@ class _FusedRead:
         self.sharer, self.theirs, self.prompts = sharer, theirs, prompts
         self.cache = sharer.read(*theirs)
         self.tokens = self.cache.length
+        self._last: tuple[str, tuple[list[memoryview], list[Plan]]] | None = None
 
     @property
     def crossing(self) -> list[list[int]]:
@@ -249,12 +250,15 @@ class _FusedRead:
         return [one.ids[one.begin :][:length] for one, length in zip(read, self.tokens, strict=True)]
 
     def send(self, arm: Arm) -> tuple[list[memoryview], list[Plan]]:
-        """A packet of each, and how it was packed."""
-        if arm.budget is None:
-            plans = [self.sharer.plan(self.cache, None, arm.plan)] * self.cache.batch
-        else:
-            plans = [self.sharer.plan(row, arm.budget, arm.plan) for row in self.cache.rows()]
-        return self.sharer.encode_rows(self.theirs, self.cache, plans), plans
+        """A packet of each, and how it was packed; the last ones are kept for the arms that send the same."""
+        if self._last is None or self._last[0] != arm.way:
+            self._last = None
+            if arm.budget is None:
+                plans = [self.sharer.plan(self.cache, None, arm.plan)] * self.cache.batch
+            else:
+                plans = [self.sharer.plan(row, arm.budget, arm.plan) for row in self.cache.rows()]
+            self._last = arm.way, (self.sharer.encode_rows(self.theirs, self.cache, plans), plans)
+        return self._last[1]
 
 
 @dataclass(frozen=True)

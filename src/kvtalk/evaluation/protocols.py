@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kvtalk.adapters.fusing import Prompt, chat_prompt, prompt_of
+from kvtalk.device import sent
 from kvtalk.errors import InputError
 from kvtalk.evaluation.data import Choice, Item, Passage
 from kvtalk.evaluation.letters import read_as_published, read_strictly
@@ -361,31 +362,33 @@ def _answer_nll(lm: LM, items: Sequence[Passage], prompts: Sequence[list[int]], 
     before = placed.mark()
     logits = lm.logits(rows, placed, keep=max(map(len, answers)) + 1)
     placed.rewind(before)
-    return [-float(row.mean()) for row in _logprobs(logits[:, :-1], answers)]
+    return [-float(told.mean()) for told in _ending(logits[:, :-1], answers)]
 
 
 _LOGITS = 1 << 28
 """Logits to compute at a time: 1,024 tokens of a vocabulary of 262k."""
+_WIDENED = 1 << 25
+"""Of these to hold in float32 at a time."""
 
 
 def _likelihoods(
     lm: LM, prompts: Sequence[list[int]], placed: PlacedCache, rows: Sequence[tuple[int, list[int]]]
 ) -> list[float]:
     """Log-likelihood of each continuation after its prompt, which is read once for all of them."""
-    last = lm.logits(prompts, placed, keep=1)[:, -1]
+    last = lm.logits(prompts, placed, keep=1)
+    firsts = _logprobs(last, [row for row, _ in rows], [0] * len(rows), [ids[0] for _, ids in rows])
     found = [0.0] * len(rows)
     order = sorted(range(len(rows)), key=lambda index: len(rows[index][1]))
     for chunk in _chunks([len(rows[index][1]) for index in order], _LOGITS // last.shape[-1]):
         which = order[chunk]
         continuations = [rows[index][1] for index in which]
-        copy = placed.rows([rows[index][0] for index in which])
-        first = last[[rows[index][0] for index in which], None]
-        longest = max(map(len, continuations))
-        logits = torch.cat([first, lm.logits(continuations, copy)[:, :-1]], dim=1) if longest > 1 else first
-        # Padding is on the left, so a continuation's first token is predicted by `first`, wherever it stands.
-        for index, row, one in zip(which, logits, continuations, strict=True):
-            steps = torch.cat([row[:1], row[longest - len(one) + 1 :]])
-            found[index] = float(_logprobs(steps[None], [one])[0].sum())
+        if max(map(len, continuations)) > 1:
+            logits = lm.logits(continuations, placed.rows([rows[index][0] for index in which]))
+            others: Sequence[Tensor] = _ending(logits[:, :-1], [ids[1:] for ids in continuations])
+        else:
+            others = [firsts[:0]] * len(which)
+        for index, rest in zip(which, others, strict=True):
+            found[index] = float(torch.cat([firsts[index : index + 1], rest]).sum())
     return found
 
 
@@ -399,11 +402,19 @@ def _chunks(lengths: Sequence[int], limit: int) -> list[slice]:
     return ranges
 
 
-def _logprobs(logits: Tensor, tokens: Sequence[Sequence[int]]) -> list[Tensor]:
+def _ending(logits: Tensor, tokens: Sequence[Sequence[int]]) -> Sequence[Tensor]:
     """Log-probability of each token; ``logits``, ``[rows, steps, vocabulary]``, end where the tokens end."""
+    counts, steps = [len(ids) for ids in tokens], logits.shape[1]
+    rows = [row for row, count in enumerate(counts) for _ in range(count)]
+    places = [step for count in counts for step in range(steps - count, steps)]
+    return _logprobs(logits, rows, places, [token for ids in tokens for token in ids]).split(counts)
+
+
+def _logprobs(logits: Tensor, rows: Sequence[int], steps: Sequence[int], tokens: Sequence[int]) -> Tensor:
+    """Log-probability of so many tokens, each at a row and a step of ``[rows, steps, vocabulary]``, on the CPU."""
+    where = sent(torch.tensor([rows, steps, tokens]), logits.device)
     found = []
-    for row, ids in zip(logits, tokens, strict=True):
-        steps = row[len(row) - len(ids) :].float()
-        chosen = steps[torch.arange(len(ids)), torch.tensor(ids, device=steps.device)]
-        found.append(chosen - steps.logsumexp(dim=-1))
-    return found
+    for row, step, token in where.split(max(1, _WIDENED // logits.shape[-1]), dim=1):
+        told = logits[row, step].float()
+        found.append(told.gather(1, token[:, None])[:, 0] - told.logsumexp(dim=-1))
+    return torch.cat(found).cpu()

@@ -158,6 +158,14 @@ def fuser(
     hidden: Annotated[
         int | None, typer.Option(min=16, help="Width of a layer's network; by default what 27 million parameters give.")
     ] = None,
+    share: Annotated[
+        list[str],
+        typer.Option(
+            help="How often a step has rows of a kind: choices=0.6, known=0.1 (choices of which the sharer alone knows "
+            "a context), oracle=0.1 (the same without choices), running=0.1, instructions=0.2 unless given, in "
+            "proportion. Repeat for several."
+        ),
+    ] = [],  # noqa: B006
     layers: Annotated[str, typer.Option(help="Which sharer layer for which: terminal or normalised.")] = "terminal",
     alignment: Annotated[
         str, typer.Option(help="Which sharer token for which: coverage, first, last, or the mean of all that overlap.")
@@ -174,6 +182,9 @@ def fuser(
     keep: Annotated[float, typer.Option(min=0.001, max=1, help="Share of its tokens to keep in every step.")] = 1.0,
     policy: Annotated[str, typer.Option(help="Token policy for that.")] = "value_norm",
     packing: Annotated[str, typer.Option(help="Codec of the saved matrices; bf16 for none.")] = "nf4:1x64",
+    trained: Annotated[
+        Path | None, typer.Option("--from", help="Folder of an earlier run of this pair: start from its weights.")
+    ] = None,
     check_every: Annotated[int, typer.Option(min=1, help="Steps between validations and checkpoints.")] = 250,
     checks: Annotated[int, typer.Option(min=4, help="Kept-back rows of each kind to validate on.")] = 64,
     patience: Annotated[
@@ -224,12 +235,12 @@ def fuser(
     plan = None if codec is None and keep == 1 else f"{codec or 'bf16'} {policy}@{100 * keep:g}%"
     recipe = FuserRecipe(
         schedule=Schedule(steps=steps, rate=rate, optimizer=optimizer),
-        mixture=Mixture(rows=rows),
+        mixture=Mixture(rows=rows).shared(share),
         plan=plan,
         packing=pack,
         seed=seed,
     )
-    run = training(reads, answers, exchanges, geometry, recipe, out_folder, checks, patience)
+    run = training(reads, answers, exchanges, geometry, recipe, out_folder, checks, patience, trained)
     made = _go(run, steps, check_every)
     if not run.accelerator.is_main_process:
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -211,6 +212,23 @@ class Mixture:
     )
     letters: float = 0.3
     bare: float = 0.25
+
+    def shared(self, shares: Sequence[str]) -> Mixture:
+        """The same with other shares of some kinds, such as ``oracle=0.5``.
+
+        Raises:
+            TrainingError: of another form, or nothing is left.
+        """
+        found = dict(self.shares)
+        for text in shares:
+            kind, _, number = text.partition("=")
+            try:
+                found[kind] = {kind: float(number) for kind in found}[kind]
+            except (KeyError, ValueError):
+                raise TrainingError(f"{text}: not a share: give one as KIND=NUMBER, kinds: {', '.join(found)}") from None
+        if not all(0 <= share < math.inf for share in found.values()) or not any(found.values()):
+            raise TrainingError("shares must be 0 or more, and one of them more than 0")
+        return replace(self, shares=tuple(found.items()))
 
 
 class FusedBatches(Dataset[FusedBatch]):

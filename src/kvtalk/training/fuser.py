@@ -30,7 +30,7 @@ from kvtalk.models import LM
 from kvtalk.planning import Plan
 from kvtalk.selection.tokens import FORETOLD, kept_count
 from kvtalk.training.exchanges import Exchanges, FusedBatch, FusedBatches, Mixture
-from kvtalk.training.loop import GAIN, Loop, Schedule
+from kvtalk.training.loop import GAIN, Loop, Schedule, weights_of
 from kvtalk.training.losses import token_losses
 from kvtalk.training.rounding import rounded
 
@@ -289,6 +289,7 @@ def training(
     out: Path,
     checks: int = 64,
     patience: int = 0,
+    trained: Path | None = None,
 ) -> Loop:
     """A run that trains a fuser, ready to start or to go on.
 
@@ -302,9 +303,11 @@ def training(
         checks: kept-back rows of each kind to validate on.
         patience: see :class:`kvtalk.training.loop.Loop`; what counts is the sharer's own gain, see
             :meth:`Fusing.measure`.
+        trained: folder of an earlier run, from whose weights to start. Give the same rows, or what is kept back for
+            validation may be what that run was trained on.
 
     Raises:
-        TrainingError: the folder holds a run of other settings.
+        TrainingError: the folder holds a run of other settings, or the earlier run has another pair or fuser.
     """
     learned, kept_back = exchanges.split(KEPT_BACK)
     batches = FusedBatches(learned, sharer, receiver, recipe.mixture, geometry, recipe.schedule.steps, recipe.seed)
@@ -318,9 +321,13 @@ def training(
         "receiver": asdict(receiver.spec.fingerprint),
         "rows": exchanges.digest,
     }
+    begun = None if trained is None else weights_of(trained, settings, ("geometry", "sharer", "receiver"))
+    settings["trained"] = begun and begun.digest
     objective = Fusing(sharer, receiver, geometry, recipe, checked)
     loop = Loop(fuser, objective, batches, recipe.schedule, settings, out, patience)
-    if loop.step == 0:
+    if loop.step == 0 and begun is not None:
+        begun.into(fuser)
+    elif loop.step == 0:
         objective.standardise(fuser, batches)
     return loop
 
