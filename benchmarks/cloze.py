@@ -5,8 +5,8 @@
 Rows have ``id``, ``context``, ``question``, ``answers``. A context is a passage of the text, the question one of its
 sentences with a gap whose words stand nowhere else in that sentence, its beginning up to there, to be gone on with, or
 the sentence with *What* in the place of how it begins. Half of the gaps are names or numbers (with ``--names`` all of
-them, and nothing is to be gone on with), the others words that are not among the most frequent. They teach to keep which
-word stood where, for which texts with human questions are too few.
+them, and nothing is to be gone on with), the others words that are not among the most frequent. They teach to keep
+which word stood where, for which texts with human questions are too few.
 """
 
 from __future__ import annotations

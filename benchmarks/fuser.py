@@ -24,18 +24,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kvtalk.adapters.enriched import Addition, enriched
 from kvtalk.adapters.fuser import Fuser, FuserGeometry, Shape, narrowed
-from kvtalk.adapters.fusing import (
-    Addition,
-    Pairs,
-    Slots,
-    computed,
-    enriched,
-    own_vectors,
-    read_of,
-    slots_at_once,
-    taken,
-)
+from kvtalk.adapters.pairs import Pairs
+from kvtalk.adapters.slots import Slots, computed, own_vectors, read_of, slots_at_once, taken
 from kvtalk.adapters.store import is_matrix
 from kvtalk.alignment.layers import layer_map
 from kvtalk.cache import KVCache, LayerCache

@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from kvtalk.adapters.fusing import placed_but_last, prompt_of, readings
+from kvtalk.adapters.enriched import placed_but_last
+from kvtalk.alignment.readings import readings
 from kvtalk.cache import KVCache
 from kvtalk.evaluation.data import Passage
 from kvtalk.evaluation.metrics import METRICS
@@ -24,6 +25,7 @@ from kvtalk.evaluation.statistics import bootstrap
 from kvtalk.evaluation.tasks import task_named
 from kvtalk.models import LM
 from kvtalk.rope import rotate_layers
+from kvtalk.shared_prompts import prompt_of
 
 
 def replaced(lm: LM, own: KVCache, after: KVCache, tokens: int) -> KVCache:

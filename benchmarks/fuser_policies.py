@@ -23,8 +23,8 @@ from fuser_gain import TOGETHER, Way, interval
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from kvtalk.adapters.fusing import averaged, bare_layers
 from kvtalk.adapters.predictor import Predictor
+from kvtalk.adapters.slots import averaged, bare_layers
 from kvtalk.adapters.store import load_predictor, read_card
 from kvtalk.cache import PADDING, KVCache, LayerCache
 from kvtalk.models import LM

@@ -18,11 +18,12 @@ from conftest import bare_spec, byte_tokenizer, tiny_lm
 from kvtalk import Plan
 from kvtalk.adapters.c2c import LAYERS, Sizes, import_c2c, load_c2c
 from kvtalk.adapters.fuser import Fuser
-from kvtalk.adapters.fusing import Prompt, ReceiverSide, SharerSide
+from kvtalk.adapters.fusing import ReceiverSide, SharerSide
 from kvtalk.adapters.store import load_fuser, read_card
 from kvtalk.errors import AdapterError
 from kvtalk.fusion import FusedReceiver, FusedSharer
 from kvtalk.models import LM
+from kvtalk.shared_prompts import Prompt
 from test_cli import in_process, refused
 
 State = dict[str, Tensor]

@@ -13,7 +13,7 @@ from conftest import tiny_lm
 from kvtalk import Link, Plan
 from kvtalk.adapters import fusing
 from kvtalk.adapters.fuser import Fuser
-from kvtalk.adapters.fusing import Prompt, SharerSide
+from kvtalk.adapters.fusing import SharerSide
 from kvtalk.adapters.store import Party, save_adapter
 from kvtalk.cache import KVCache
 from kvtalk.errors import InputError
@@ -27,6 +27,7 @@ from kvtalk.evaluation.summary import Record, read_records, summarize, table
 from kvtalk.evaluation.tasks import task_named
 from kvtalk.fusion import FusedLink
 from kvtalk.models import LM
+from kvtalk.shared_prompts import Prompt
 from test_fuser import geometry_of, other_lm, random_fuser
 
 pytestmark = pytest.mark.usefixtures("one_thread")

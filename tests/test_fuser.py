@@ -22,8 +22,11 @@ from transformers import DynamicCache, PreTrainedTokenizerFast
 from conftest import ARCHITECTURES, byte_tokenizer, tiny_lm
 from kvtalk import Budget, Link, Plan
 from kvtalk.adapters import fusing, store
+from kvtalk.adapters.enriched import Addition, Own, enriched
 from kvtalk.adapters.fuser import Fuser, FuserGeometry, Shape, narrowed
-from kvtalk.adapters.fusing import Own, Prompt, ReceiverSide, SharerSide, prompt_of
+from kvtalk.adapters.fusing import ReceiverSide, SharerSide
+from kvtalk.adapters.pairs import Pairs, paired
+from kvtalk.adapters.slots import Slots, own_vectors
 from kvtalk.adapters.store import (
     CARD,
     Party,
@@ -36,6 +39,7 @@ from kvtalk.adapters.store import (
 )
 from kvtalk.adapters.translator import Geometry, Translator
 from kvtalk.alignment.layers import layer_map
+from kvtalk.alignment.readings import readings
 from kvtalk.cache import PADDING, Prefix
 from kvtalk.errors import AdapterError, AlignmentError, BudgetError, InputError, PacketError
 from kvtalk.fusion import FusedReceiver, FusedSharer, Fusion
@@ -44,6 +48,7 @@ from kvtalk.models import LM
 from kvtalk.packet import Packet, predict
 from kvtalk.placement import PlacedCache
 from kvtalk.prompts import BARE
+from kvtalk.shared_prompts import Prompt, prompt_of
 
 TEXT = "The ferry was built in 1931 by the Harlow yard; naïve people call it 北京 😀."
 PROMPTS = [
@@ -320,11 +325,11 @@ def test_the_mean_is_of_all_tokens_that_overlap_and_were_sent(plan: str, tmp_pat
 
 def test_words_after_the_text_have_no_partners_where_only_it_crosses(receiver: LM) -> None:
     """Training knows the sharer's whole prompt, so it is not for the packet to say so."""
-    theirs, ours = (fusing.readings(lm.tokenizer, side) for lm, side in ((other_lm(), THEIRS), (receiver, PROMPTS)))
+    theirs, ours = (readings(lm.tokenizer, side) for lm, side in ((other_lm(), THEIRS), (receiver, PROMPTS)))
     counts = [len(one.ids) - one.begin for one in theirs]
     for roles in (True, False):
         geometry = geometry_of(other_lm(), receiver, roles=roles)
-        pairs = fusing.paired([one.shared for one in theirs], counts, ours, geometry)
+        pairs = paired([one.shared for one in theirs], counts, ours, geometry)
         for row, both in enumerate(zip(THEIRS, PROMPTS, strict=True)):
             given = partners(*both, roles=roles)
             here = pairs.at(pairs.rows == row)
@@ -614,16 +619,16 @@ def test_more_layers_take_no_more_operators(rope: str) -> None:
     """All are gathered, rotated and added to at once."""
     receiver = tiny_lm("qwen2")
     cache = Own(receiver, PROMPTS).cache
-    pairs = fusing.Pairs(torch.tensor([0, 0, 2]), torch.tensor([3, 5, 1]), torch.tensor([0, 1, 2]))
+    pairs = Pairs(torch.tensor([0, 0, 2]), torch.tensor([3, 5, 1]), torch.tensor([0, 1, 2]))
     layers = [(layer.keys, layer.values) for layer in cache.layers]
 
     def operators(slots: Sequence[int]) -> int:
-        held = fusing.Slots(slots, receiver.spec, rope, receiver.device)
+        held = Slots(slots, receiver.spec, rope, receiver.device)
         with Operators() as counted:
             angles = held.angles(pairs.ours)
-            own = fusing.own_vectors(cache, pairs, held, angles)
+            own = own_vectors(cache, pairs, held, angles)
             added = held.turned(own, angles)
-            fusing.enriched(layers, fusing.Addition(pairs, held.which, added, last=True))
+            enriched(layers, Addition(pairs, held.which, added, last=True))
         return counted.count
 
     assert operators(range(8)) == operators([2, 3]) < 24

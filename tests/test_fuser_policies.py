@@ -16,7 +16,8 @@ from torch import Tensor
 from conftest import tiny_lm
 from kvtalk import Budget, Link, Plan
 from kvtalk.adapters.fuser import Fuser
-from kvtalk.adapters.fusing import Pairs, Prompt, SharerSide
+from kvtalk.adapters.fusing import SharerSide
+from kvtalk.adapters.pairs import Pairs
 from kvtalk.adapters.predictor import Predictor
 from kvtalk.adapters.store import CARD, Party, add_predictor, load_fuser, load_predictor, read_card, save_adapter
 from kvtalk.cache import KVCache
@@ -26,6 +27,7 @@ from kvtalk.fusion import FusedSharer
 from kvtalk.models import LM
 from kvtalk.packet import Packet
 from kvtalk.selection.tokens import FORETOLD
+from kvtalk.shared_prompts import Prompt
 from kvtalk.training import predictor as fitting
 from kvtalk.training.exchanges import Exchange, Exchanges, FusedBatch
 from kvtalk.training.fuser import FuserRecipe, Fusing

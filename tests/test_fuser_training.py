@@ -18,7 +18,8 @@ from torch import Tensor
 from conftest import byte_tokenizer, tiny_lm
 from kvtalk import Plan
 from kvtalk.adapters.fuser import Fuser, FuserGeometry
-from kvtalk.adapters.fusing import ReceiverSide, SharerSide, bare_layers, chat_prompt, prompt_of
+from kvtalk.adapters.fusing import ReceiverSide, SharerSide
+from kvtalk.adapters.slots import bare_layers
 from kvtalk.adapters.store import Party, load_fuser, read_card, save_adapter
 from kvtalk.alignment.tokens import NONE, align, spread, tokenize
 from kvtalk.codecs import codec
@@ -27,6 +28,7 @@ from kvtalk.fusion import FusedReceiver, FusedSharer
 from kvtalk.models import LM
 from kvtalk.packet import Packet
 from kvtalk.prompts import BARE
+from kvtalk.shared_prompts import chat_prompt, prompt_of
 from kvtalk.training import fuser as fuser_training
 from kvtalk.training.exchanges import (
     Exchange,
@@ -760,6 +762,53 @@ def test_a_run_with_a_plan_in_the_loop_resumes_to_the_same_losses_and_is_what_in
         training(*models, Exchanges.of([*rows(), TOLD]), geometry, recipe, tmp_path / "whole")
     with pytest.raises(TrainingError, match=r"\(geometry differ\)"):
         training(*models, exchanges, replace(geometry, rope="after"), recipe, tmp_path / "whole")
+
+
+@pytest.mark.usefixtures("deterministic")
+def test_a_run_started_from_another_one_goes_on_with_its_weights_and_steps_of_its_own(
+    models: tuple[LM, LM], geometry: FuserGeometry, tmp_path: Path
+) -> None:
+    exchanges = Exchanges.of(rows())
+    first = training(*models, exchanges, geometry, RECIPE, tmp_path / "first")
+    ended = seen_until(first, 12)[12]
+    learned = {name: value.clone() for name, value in first.module.state_dict().items()}
+    packed = replace(RECIPE, plan=PACKED)
+    second = training(*models, exchanges, geometry, packed, tmp_path / "second", trained=tmp_path / "first")
+    assert second.step == 0
+    assert all(torch.equal(value, learned[name]) for name, value in second.module.state_dict().items())
+    same = training(*models, exchanges, geometry, RECIPE, tmp_path / "same", trained=tmp_path / "first")
+    begun = seen_until(same, 4)[0]
+    assert {name: value for name, value in begun.items() if name != "steps a second"} == {
+        name: ended[name] for name in begun if name != "steps a second"
+    }
+    again = training(*models, exchanges, geometry, RECIPE, tmp_path / "same", trained=tmp_path / "first")
+    assert again.step == 4
+    with pytest.raises(TrainingError, match=r"\(trained differ\)"):
+        training(*models, exchanges, geometry, RECIPE, tmp_path / "same")
+    with pytest.raises(TrainingError, match="has another geometry: start from one with the same"):
+        training(
+            *models, exchanges, replace(geometry, rope="after"), RECIPE, tmp_path / "x", trained=tmp_path / "first"
+        )
+    with pytest.raises(TrainingError, match="another sharer, receiver"):
+        training(*models[::-1], exchanges, geometry, RECIPE, tmp_path / "y", trained=tmp_path / "first")
+
+
+def test_kinds_of_rows_are_drawn_by_their_shares(
+    models: tuple[LM, LM], geometry: FuserGeometry, tmp_path: Path
+) -> None:
+    mixture = Mixture(rows=4).shared(["oracle=3", "choices=1", "instructions=0"])
+    assert dict(mixture.shares) == {"choices": 1, "known": 0.1, "oracle": 3, "running": 0.1, "instructions": 0}
+    made = FusedBatches(Exchanges.of(rows()), *models, mixture, geometry_of(*models), 400)
+    kinds = [made[step, 0].kind for step in range(400)]
+    assert set(kinds) == {"oracle", "choices"}
+    assert 260 < kinds.count("oracle") < 340  # 300, and five deviations
+    for wrong in ("oracle", "oracle=", "oracle=x", "oracle=-1", "oracle=inf", "oracle=nan", "else=1", "=1"):
+        with pytest.raises(TrainingError, match=r"give a share as KIND=NUMBER, 0 or more; kinds are choices, known,"):
+            mixture.shared([wrong])
+    nothing = replace(RECIPE, mixture=Mixture().shared(["instructions=0"]))
+    told = [{"prompt": f"Name bird {number}.", "response": "The ostrich"} for number in range(16)]
+    with pytest.raises(TrainingError, match="no share is left to the rows that are there: they are of instructions"):
+        training(*models, Exchanges.of(told), geometry, nothing, tmp_path)
 
 
 @pytest.mark.usefixtures("deterministic")

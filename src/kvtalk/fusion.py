@@ -12,18 +12,9 @@ from typing import Any
 import torch
 
 from kvtalk import packet as wire
-from kvtalk.adapters.fusing import (
-    Earlier,
-    Own,
-    Prompt,
-    ReceiverSide,
-    SharerSide,
-    prompt_after,
-    prompt_of,
-    receiver_side,
-    sharer_side,
-    text_digest,
-)
+from kvtalk.adapters.earlier import Earlier
+from kvtalk.adapters.enriched import Own
+from kvtalk.adapters.fusing import ReceiverSide, SharerSide, receiver_side, sharer_side
 from kvtalk.adapters.store import read_card, shipped_for
 from kvtalk.cache import KVCache, Prefix
 from kvtalk.errors import AdapterError, BudgetError, InputError
@@ -31,6 +22,7 @@ from kvtalk.link import Answer, Cost, Link, Receiver, Sharer, bits_per_value, pa
 from kvtalk.models import LM
 from kvtalk.placement import PlacedCache
 from kvtalk.planning import LADDER, LAST_RESORT, Budget, Plan, fit
+from kvtalk.shared_prompts import Prompt, prompt_after, prompt_of, text_digest
 
 Budgets = Budget | str | Sequence[Budget | str] | None
 """Of all sharers alike, or of each."""

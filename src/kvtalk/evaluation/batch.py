@@ -14,7 +14,7 @@ from zlib import crc32
 
 import torch
 
-from kvtalk.adapters.fusing import Prompt, readings
+from kvtalk.alignment.readings import readings
 from kvtalk.alignment.tokens import spread
 from kvtalk.cache import LayerCache, Prefix
 from kvtalk.evaluation.arms import Arm
@@ -25,6 +25,7 @@ from kvtalk.fusion import FusedLink, FusedSharer, Fusion
 from kvtalk.link import Link, Receiver, Sharer, bits_per_value
 from kvtalk.placement import PlacedCache
 from kvtalk.planning import Plan
+from kvtalk.shared_prompts import Prompt
 
 RELAY_TOKENS = 256
 """As long as C2C's relayed texts (arXiv 2510.03215)."""

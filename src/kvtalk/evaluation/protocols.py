@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from kvtalk.adapters.fusing import Prompt, chat_prompt, prompt_of
 from kvtalk.device import sent
 from kvtalk.errors import InputError
 from kvtalk.evaluation.data import Choice, Item, Passage
@@ -22,6 +21,7 @@ from kvtalk.loading import bos
 from kvtalk.models import LM
 from kvtalk.placement import PlacedCache
 from kvtalk.prompts import has_chat_template, render
+from kvtalk.shared_prompts import Prompt, chat_prompt, prompt_of
 
 LETTER_TOKENS = 64
 """As C2C."""
@@ -407,14 +407,14 @@ def _ending(logits: Tensor, tokens: Sequence[Sequence[int]]) -> Sequence[Tensor]
     counts, steps = [len(ids) for ids in tokens], logits.shape[1]
     rows = [row for row, count in enumerate(counts) for _ in range(count)]
     places = [step for count in counts for step in range(steps - count, steps)]
-    return _logprobs(logits, rows, places, [token for ids in tokens for token in ids]).split(counts)
+    return torch.split(_logprobs(logits, rows, places, [token for ids in tokens for token in ids]), counts)
 
 
 def _logprobs(logits: Tensor, rows: Sequence[int], steps: Sequence[int], tokens: Sequence[int]) -> Tensor:
     """Log-probability of so many tokens, each at a row and a step of ``[rows, steps, vocabulary]``, on the CPU."""
     where = sent(torch.tensor([rows, steps, tokens]), logits.device)
     found = []
-    for row, step, token in where.split(max(1, _WIDENED // logits.shape[-1]), dim=1):
+    for row, step, token in torch.split(where, max(1, _WIDENED // logits.shape[-1]), dim=1):
         told = logits[row, step].float()
         found.append(told.gather(1, token[:, None])[:, 0] - told.logsumexp(dim=-1))
     return torch.cat(found).cpu()

@@ -159,13 +159,13 @@ def fuser(
         int | None, typer.Option(min=16, help="Width of a layer's network; by default what 27 million parameters give.")
     ] = None,
     share: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(
             help="How often a step has rows of a kind: choices=0.6, known=0.1 (choices of which the sharer alone knows "
             "a context), oracle=0.1 (the same without choices), running=0.1, instructions=0.2 unless given, in "
             "proportion. Repeat for several."
         ),
-    ] = [],  # noqa: B006
+    ] = None,
     layers: Annotated[str, typer.Option(help="Which sharer layer for which: terminal or normalised.")] = "terminal",
     alignment: Annotated[
         str, typer.Option(help="Which sharer token for which: coverage, first, last, or the mean of all that overlap.")
@@ -235,7 +235,7 @@ def fuser(
     plan = None if codec is None and keep == 1 else f"{codec or 'bf16'} {policy}@{100 * keep:g}%"
     recipe = FuserRecipe(
         schedule=Schedule(steps=steps, rate=rate, optimizer=optimizer),
-        mixture=Mixture(rows=rows).shared(share),
+        mixture=Mixture(rows=rows).shared(share or ()),
         plan=plan,
         packing=pack,
         seed=seed,

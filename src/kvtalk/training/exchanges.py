@@ -14,12 +14,14 @@ import xxhash
 from torch.utils.data import Dataset
 
 from kvtalk.adapters.fuser import FuserGeometry
-from kvtalk.adapters.fusing import Pairs, Prompt, Reading, chat_prompt, enriched_of, paired, prompt_of, readings
+from kvtalk.adapters.pairs import Pairs, enriched_of, paired
+from kvtalk.alignment.readings import Reading, readings
 from kvtalk.alignment.tokens import NONE, spread
 from kvtalk.errors import TrainingError
 from kvtalk.evaluation.tasks.base import LETTER_PROMPT
 from kvtalk.models import LM
 from kvtalk.prompts import has_chat_template
+from kvtalk.shared_prompts import Prompt, chat_prompt, prompt_of
 from kvtalk.training.texts import Question, question_in, rows_of
 
 _LEAST_ROWS = 16
@@ -217,18 +219,29 @@ class Mixture:
         """The same with other shares of some kinds, such as ``oracle=0.5``.
 
         Raises:
-            TrainingError: of another form, or nothing is left.
+            TrainingError: of another form.
         """
         found = dict(self.shares)
         for text in shares:
             kind, _, number = text.partition("=")
             try:
-                found[kind] = {kind: float(number) for kind in found}[kind]
-            except (KeyError, ValueError):
-                raise TrainingError(f"{text}: not a share: give one as KIND=NUMBER, kinds: {', '.join(found)}") from None
-        if not all(0 <= share < math.inf for share in found.values()) or not any(found.values()):
-            raise TrainingError("shares must be 0 or more, and one of them more than 0")
+                share = float(number)
+            except ValueError:
+                share = -1.0
+            if kind not in found or not 0 <= share < math.inf:
+                known = ", ".join(found)
+                raise TrainingError(f"{text}: give a share as KIND=NUMBER, 0 or more; kinds are {known}")
+            found[kind] = share
         return replace(self, shares=tuple(found.items()))
+
+    def check(self, exchanges: Exchanges) -> None:
+        """Find out whether any of these rows would be drawn.
+
+        Raises:
+            TrainingError: none.
+        """
+        if not any(share for kind, share in self.shares if kind in exchanges.rows):
+            raise TrainingError(f"no share is left to the rows that are there: they are of {', '.join(exchanges.rows)}")
 
 
 class FusedBatches(Dataset[FusedBatch]):

@@ -15,13 +15,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 from zlib import crc32
 
 import torch
 from torch import Tensor, nn
 
+from kvtalk.adapters.enriched import Addition, placed_but_last
 from kvtalk.adapters.fuser import Fuser, FuserGeometry
-from kvtalk.adapters.fusing import Addition, Slots, averaged, bare_layers, own_vectors, placed_but_last, read_of, taken
+from kvtalk.adapters.slots import Slots, averaged, bare_layers, own_vectors, read_of, taken
 from kvtalk.cache import PADDING, KVCache, LayerCache
 from kvtalk.codecs import codec
 from kvtalk.device import sent
@@ -307,14 +309,16 @@ def training(
             validation may be what that run was trained on.
 
     Raises:
-        TrainingError: the folder holds a run of other settings, or the earlier run has another pair or fuser.
+        TrainingError: the folder holds a run of other settings, the earlier run has another pair or fuser, or no row
+            is of a kind that has a share.
     """
     learned, kept_back = exchanges.split(KEPT_BACK)
+    recipe.mixture.check(learned)
     batches = FusedBatches(learned, sharer, receiver, recipe.mixture, geometry, recipe.schedule.steps, recipe.seed)
     checked = FusedBatches(kept_back, sharer, receiver, recipe.mixture, geometry, 0).checks(checks)
     torch.manual_seed(recipe.seed)
     fuser = Fuser(geometry).to(receiver.device)
-    settings = {
+    settings: dict[str, Any] = {
         "geometry": asdict(geometry),
         "recipe": asdict(recipe),
         "sharer": asdict(sharer.spec.fingerprint),

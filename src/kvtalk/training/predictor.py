@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from kvtalk.adapters.fuser import Fuser
-from kvtalk.adapters.fusing import Pairs, averaged
+from kvtalk.adapters.pairs import Pairs
 from kvtalk.adapters.predictor import Predictor
+from kvtalk.adapters.slots import averaged
 from kvtalk.adapters.store import add_predictor, load_fuser, read_card
 from kvtalk.models import LM
 from kvtalk.selection.tokens import FORETOLD

@@ -1,0 +1,125 @@
+"""The receiver's own cache, and what sharers add to it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvtalk.adapters.earlier import Earlier, read_on
+from kvtalk.adapters.pairs import Pairs
+from kvtalk.adapters.slots import Slots, own_vectors
+from kvtalk.alignment.readings import readings
+from kvtalk.cache import PADDING, KVCache
+from kvtalk.device import sent
+from kvtalk.errors import InputError
+from kvtalk.models import LM
+from kvtalk.placement import PlacedCache, PlacedLayer
+from kvtalk.rope import Angles
+from kvtalk.shared_prompts import Prompt
+
+
+@dataclass(frozen=True)
+class Addition:
+    """What one sharer adds.
+
+    Attributes:
+        pairs: to which tokens, each once; on the device of what is added.
+        slots: to which layers' keys or values.
+        added: ``[slots, tokens, width]``, keys rotated as the model holds them.
+        last: whether it adds to the prompts' last tokens, too.
+    """
+
+    pairs: Pairs
+    slots: Sequence[int]
+    added: Tensor
+    last: bool
+
+
+class Own:
+    """The receiver's own cache of prompts, whose last token runs a second time, on what is fused.
+
+    Attributes:
+        read: the prompts in its tokens.
+        start: tokens of earlier turns.
+        cache: of them all, the last token's too.
+    """
+
+    def __init__(self, lm: LM, prompts: Sequence[Prompt], earlier: Earlier | None = None) -> None:
+        """Read prompts.
+
+        Args:
+            lm: the receiver.
+            prompts: what it reads.
+            earlier: of a single prompt, the turns before it, which are not read again.
+
+        Raises:
+            InputError: one of fewer than two tokens.
+        """
+        self.lm, self.start = lm, 0 if earlier is None else earlier.tokens
+        begin = earlier.unread if earlier is not None and self.start else None
+        self.read = readings(lm.tokenizer, prompts, begin)
+        if min(len(one.ids) for one in self.read) < 2:
+            raise InputError("the prompt is too short to be fused: it needs two tokens at least")
+        self.cache = read_on(lm, [one.ids for one in self.read], earlier)
+
+    @property
+    def last(self) -> list[list[int]]:
+        """The last token of each prompt, with which the receiver goes on."""
+        return [one.ids[-1:] for one in self.read]
+
+    def vectors(self, pairs: Pairs, slots: Slots, angles: Sequence[Angles]) -> Tensor:
+        """See :func:`kvtalk.adapters.slots.own_vectors`."""
+        return own_vectors(self.cache, pairs, slots, angles)
+
+    def placed(self, additions: Sequence[Addition]) -> PlacedCache:
+        """The cache with what sharers add, ready for the last token."""
+        return placed_but_last(self.lm, self.cache, additions, any(addition.last for addition in additions))
+
+
+def placed_but_last(lm: LM, cache: KVCache, additions: Sequence[Addition], awaits: bool) -> PlacedCache:
+    """A model's own cache from position 0 on with what sharers add, ready to read the last token of each row once more.
+
+    Gradients flow into the additions.
+
+    Args:
+        lm: the model.
+        cache: its own.
+        additions: what sharers add.
+        awaits: whether the last token's keys and values are those of the cache with what is added, or what the model
+            makes of it now.
+    """
+    layers = [(layer.keys, layer.values) for layer in cache.layers]
+    for addition in additions:
+        layers = enriched(layers, addition)
+    ends = torch.tensor(cache.length) - 1
+    rows, last = torch.arange(len(ends)), sent(ends, lm.device)
+    held = [
+        PlacedLayer(
+            keys[:, :, :-1],
+            values[:, :, :-1],
+            keys.shape[2] - 1,
+            (keys[rows, :, last], values[rows, :, last]) if awaits else None,
+        )
+        for keys, values in layers
+    ]
+    tracks: dict[int, Tensor] = {}
+    for layer in cache.layers:
+        if id(layer.positions) not in tracks:
+            track = layer.positions.clone()
+            track[rows, ends] = PADDING
+            tracks[id(layer.positions)] = track[:, :-1]
+    return PlacedCache(held, [tracks[id(layer.positions)] for layer in cache.layers], last, lm.spec)
+
+
+def enriched(layers: Sequence[tuple[Tensor, Tensor]], addition: Addition) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values of every layer with an addition; gradients flow into it."""
+    pairs, slots, added = addition.pairs, addition.slots, addition.added
+    held = torch.stack([layers[slot // 2][slot % 2] for slot in slots])
+    held.transpose(2, 3)[:, pairs.rows, pairs.ours] += added.reshape(*added.shape[:2], held.shape[2], -1)
+    made = [list(layer) for layer in layers]
+    for slot, tensor in zip(slots, held.unbind(), strict=True):
+        made[slot // 2][slot % 2] = tensor
+    return [(keys, values) for keys, values in made]

@@ -1,0 +1,147 @@
+"""Keys and values as a fuser takes them: of all its slots at once, gathered, rotated, averaged and computed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kvtalk.adapters.fuser import Fuser, FuserGeometry
+from kvtalk.adapters.pairs import Pairs
+from kvtalk.cache import KVCache, LayerCache
+from kvtalk.device import sent
+from kvtalk.rope import Angles, StackRope, rotate_layers
+from kvtalk.spec import ModelSpec
+
+_SLOTS_ON_CPU = 4
+"""Slots to compute at a time: what they make of 512 tokens stays in a core's cache."""
+
+
+class Slots:
+    """Slots of a fuser at the receiver: all that fusing needs of them whatever is fused, made once.
+
+    Attributes:
+        which: their numbers.
+        places: 0, 1, 2 ..., ``[slots, 1]``, on the receiver's device.
+    """
+
+    def __init__(self, which: Sequence[int], spec: ModelSpec, rope: str, device: torch.device | str) -> None:
+        """Make the tables.
+
+        Args:
+            which: their numbers.
+            spec: of the receiver.
+            rope: whether keys are fused ``before`` their rotary embedding or ``after`` it.
+            device: of the receiver.
+        """
+        self.which = tuple(which)
+        self.places = torch.arange(len(self.which), device=device)[:, None]
+        self._kv_heads = spec.layers[0].kv_heads
+        turned = [rope == "before" and slot % 2 == 0 for slot in self.which]
+        ropes = [spec.layers[slot // 2].rope if turns else None for slot, turns in zip(self.which, turned, strict=True)]
+        self._rope = StackRope(ropes, device)
+
+    def angles(self, positions: Tensor) -> list[Angles]:
+        """Of keys at some positions, ``[tokens]``."""
+        return self._rope.angles(positions)
+
+    def turned(self, vectors: Tensor, angles: Sequence[Angles], inverse: bool = False) -> Tensor:
+        """Keys and values of some tokens, ``[slots, tokens, width]``, written over: keys rotated to their positions, or
+        back, where they are fused before that."""
+        heads = vectors.view(*vectors.shape[:2], self._kv_heads, -1)
+        self._rope.rotate_(heads.transpose(1, 2), angles, inverse)
+        return vectors
+
+
+def slots_at_once(device: str, fuser: Fuser) -> int:
+    """How many slots of a fuser are computed together."""
+    return len(fuser.slots) if device == "cuda" else _SLOTS_ON_CPU
+
+
+def read_of(geometry: FuserGeometry, slots: Sequence[int]) -> list[tuple[int, int]]:
+    """What slots read: index of the sharer's layer, and whether its keys (0) or values (1)."""
+    return [(geometry.layers[slot // 2], slot % 2) for slot in slots]
+
+
+def bare_layers(
+    cache: KVCache, spec: ModelSpec, geometry: FuserGeometry, wanted: Sequence[int], start: int = 0
+) -> dict[int, LayerCache]:
+    """Some layers of a cache that holds every token, from position ``start`` on, keys as the fuser takes them."""
+    layers = [cache.layers[index].span(start, cache.layers[index].tokens) for index in wanted]
+    keys = [layer.keys for layer in layers]
+    if geometry.rope == "before":
+        steps = sent(torch.arange(start, start + keys[0].shape[2]), keys[0].device)
+        keys = rotate_layers(keys, [spec.layers[index].rope for index in wanted], steps, inverse=True)
+    return {index: replace(layer, keys=one) for index, layer, one in zip(wanted, layers, keys, strict=True)}
+
+
+def taken(
+    layers: Sequence[LayerCache] | Mapping[int, LayerCache],
+    slots: Sequence[tuple[int, int]],
+    places: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+) -> Tensor:
+    """Keys and values of some tokens, all heads one after the other, ``[slots, tokens, width]``.
+
+    Args:
+        layers: of one shape.
+        slots: index of the layer, and whether its keys (0) or values (1).
+        places: see :class:`Slots`, on the device of the layers.
+        rows: of each token, ``[tokens]``, there too.
+        columns: of each token, ``[tokens]``, or ``[slots, tokens]`` where they differ between slots.
+    """
+    tensors = [(layers[index].keys, layers[index].values)[kind] for index, kind in slots]
+    longest = max(tensor.shape[2] for tensor in tensors)
+    filled = [one if one.shape[2] == longest else F.pad(one, (0, 0, 0, longest - one.shape[2])) for one in tensors]
+    return torch.stack(filled).transpose(2, 3)[places, rows, columns].flatten(2)
+
+
+def own_vectors(cache: KVCache, pairs: Pairs, slots: Slots, angles: Sequence[Angles]) -> Tensor:
+    """Keys and values of some tokens of a cache from position 0 on, keys as the fuser takes them.
+
+    Args:
+        cache: the receiver's.
+        pairs: which tokens, each once.
+        slots: which layers' keys or values.
+        angles: of the tokens' positions, as ``slots`` gives them.
+
+    Returns:
+        ``[slots, tokens, width]``.
+    """
+    read = [divmod(slot, 2) for slot in slots.which]
+    return slots.turned(taken(cache.layers, read, slots.places, pairs.rows, pairs.ours), angles, inverse=True)
+
+
+def averaged(vectors: Tensor, missing: Tensor, owners: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The mean of the sharer tokens that stand for each receiver token, of those that were sent.
+
+    Args:
+        vectors: of every entry, ``[slots, entries, width]``.
+        missing: which of them were not sent, bool ``[slots, entries]``.
+        owners: number of each entry's receiver token, ``[entries]``, never decreasing.
+        count: of the receiver tokens.
+
+    Returns:
+        means, ``[slots, count, width]``, of the same type, averaged in float32 or better; and which receiver tokens
+        were sent nothing, bool ``[slots, count]``.
+    """
+    if len(owners) == count:
+        return vectors, missing
+    exact = torch.promote_types(vectors.dtype, torch.float32)
+    there = (~missing)[:, :, None].to(exact)
+    sums = vectors.new_zeros(len(vectors), count, vectors.shape[2], dtype=exact).index_add_(1, owners, vectors * there)
+    counts = there.new_zeros(len(vectors), count, 1).index_add_(1, owners, there)
+    return (sums / counts.clamp(min=1)).to(vectors.dtype), counts[:, :, 0] == 0
+
+
+def computed(parts: Sequence[Fuser], sharer: Tensor, receiver: Tensor) -> Tensor:
+    """What a fuser that may be split by slots adds; see :meth:`kvtalk.adapters.fuser.Fuser.forward`."""
+    if len(parts) == 1:
+        return torch.as_tensor(parts[0](sharer, receiver))
+    sizes = [len(part.slots) for part in parts]
+    both = zip(parts, torch.split(sharer, sizes), torch.split(receiver, sizes), strict=True)
+    return torch.cat([part(theirs, ours) for part, theirs, ours in both])
