@@ -43,6 +43,15 @@ FusedDataOption = Annotated[
     ),
 ]
 
+SharesOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="How often a step has rows of a kind: choices=0.6, known=0.1 (choices of which the sharer alone knows a "
+        "context), oracle=0.1 (the same without choices), running=0.1, instructions=0.2 unless given, in proportion. "
+        "Repeat for several."
+    ),
+]
+
 
 @app.command()
 def translator(
@@ -158,14 +167,7 @@ def fuser(
     hidden: Annotated[
         int | None, typer.Option(min=16, help="Width of a layer's network; by default what 27 million parameters give.")
     ] = None,
-    share: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="How often a step has rows of a kind: choices=0.6, known=0.1 (choices of which the sharer alone knows "
-            "a context), oracle=0.1 (the same without choices), running=0.1, instructions=0.2 unless given, in "
-            "proportion. Repeat for several."
-        ),
-    ] = None,
+    share: SharesOption = None,
     layers: Annotated[str, typer.Option(help="Which sharer layer for which: terminal or normalised.")] = "terminal",
     alignment: Annotated[
         str, typer.Option(help="Which sharer token for which: coverage, first, last, or the mean of all that overlap.")
@@ -329,6 +331,7 @@ def lora_fuser(
         int | None, typer.Option(min=1, help="Of the matrices; by default what has as many parameters as a fuser.")
     ] = None,
     rate: Annotated[float, typer.Option(help="Learning rate at its peak.")] = 2e-4,
+    share: SharesOption = None,
     check_every: Annotated[int, typer.Option(min=1, help="Steps between validations and checkpoints.")] = 250,
     checks: Annotated[int, typer.Option(min=4, help="Kept-back rows of each kind to validate on.")] = 64,
     seed: Annotated[int, typer.Option(help="Of everything drawn.")] = 0,
@@ -347,7 +350,8 @@ def lora_fuser(
         lm = LM.load(receiver, device=_device())
     schedule = Schedule(steps=steps, rate=rate, optimizer="adamw")
     size = rank_of(lm, _FUSER_PARAMETERS) if rank is None else rank
-    run = answering(lm, exchanges, size, schedule, out_folder, Mixture(rows=rows), checks, seed)
+    mixture = Mixture(rows=rows).shared(share or ())
+    run = answering(lm, exchanges, size, schedule, out_folder, mixture, checks, seed)
     _save_lora(run, steps, check_every, f"--task arc_easy --receiver '{receiver}+{out_folder}' --arms receiver ...")
 
 

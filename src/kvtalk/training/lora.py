@@ -163,6 +163,7 @@ def answering(
     mixture, shape = mixture or Mixture(), Shape.of(lm.spec)
     geometry = FuserGeometry(shape, shape, tuple(range(shape.layers)))
     learned, kept_back = exchanges.split(fuser.KEPT_BACK)
+    mixture.check(learned)
     checked = FusedBatches(kept_back, lm, lm, mixture, geometry, 0).checks(checks)
     batches = FusedBatches(learned, lm, lm, mixture, geometry, schedule.steps, seed)
     settings = {"recipe": {**asdict(schedule), **asdict(mixture), "seed": seed}, "rows": exchanges.digest}
