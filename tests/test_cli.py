@@ -18,6 +18,7 @@ import pytest
 
 from conftest import single_threaded
 from kvtalk import cli
+from kvtalk.adapters import store
 from kvtalk.evaluation.summary import read_records
 from kvtalk.models import LM
 from test_fuser import other_lm
@@ -319,6 +320,18 @@ def test_mistakes_with_fusers_are_one_line(
     refused(in_process(*evaluate, "--arms", "fused", "--fuser", translator), "a translator, no fuser")
     refused(in_process(*evaluate, "--arms", "fused", "--fuser", fusers[0], "--self-fuser", fusers[0]), "sharer is")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_fuser_that_comes_along_is_given_by_name(
+    fusers: tuple[Path, Path], tiny_folder: Path, other_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store, "SHIPPED", tmp_path)
+    shutil.copytree(fusers[0], tmp_path / "other+tiny.fuser")
+    ask = ("ask", "-s", other_folder, "-r", tiny_folder, "-q", "Who?", "--max-new-tokens", 2, "--json")
+    named, given = (in_process(*ask, "--fuser", fuser) for fuser in ("other+tiny", fusers[0]))
+    assert named.returncode == 0, named.stderr
+    assert json.loads(named.stdout)["fused"]["bytes"] == json.loads(given.stdout)["fused"]["bytes"]
+    refused(in_process(*ask, "--fuser", "tiny+other"), "no adapter 'tiny+other'", "a hub id, or one of other+tiny")
 
 
 def test_mistakes_in_training_a_fuser_are_one_line(tiny_folder: Path, other_folder: Path, tmp_path: Path) -> None:

@@ -692,6 +692,36 @@ def test_wrong_models_and_tokenizers_are_refused(joined: Pair, receiver: LM) -> 
         SharerSide(card, fuser.slots, other_lm(), tokenizer)
 
 
+def test_a_fuser_that_comes_along_is_found_by_the_names_of_its_models(
+    joined: Pair, receiver: LM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under the name of the pair lie a translator and a fuser; the option says which is meant."""
+    monkeypatch.setattr(store, "SHIPPED", tmp_path)
+    parties = [Party(lm.name, lm.spec.fingerprint) for lm in (other_lm(), receiver)]
+    with pytest.raises(AdapterError, match="no adapter 'sharer.gemma3': give its folder or a hub id$"):
+        read_card("sharer+gemma3", "fuser")
+    values = [lm.spec.values_per_token for lm in (other_lm(), receiver)]
+    translator = Translator(Geometry(values[0], 4, values[1], width=64, latent=64, decoder_blocks=1, bottleneck=8))
+    save_adapter(translator, *parties, tmp_path / "sharer+gemma3")
+    with pytest.raises(AdapterError, match="a translator, no fuser: give it by --adapter"):
+        read_card("sharer+gemma3", "fuser")
+    card = save_adapter(joined.side.fuser, *parties, tmp_path / "sharer+gemma3.fuser")
+    assert read_card("sharer+gemma3", "fuser")[1] == tmp_path / "sharer+gemma3.fuser"
+    assert read_card("sharer+gemma3", "translator")[1] == read_card("sharer+gemma3")[1] == tmp_path / "sharer+gemma3"
+    assert read_card("sharer+gemma3.fuser")[0].kind == "fuser"
+    with pytest.raises(AdapterError, match="a fuser, no translator: give it by --fuser"):
+        read_card("sharer+gemma3.fuser", "translator")
+    for kind, names in (("fuser", ""), ("translator", ""), (None, ", sharer.gemma3.fuser")):
+        with pytest.raises(AdapterError, match=f"no adapter 'other': .* or one of sharer.gemma3{names}$"):
+            read_card("other", kind)
+    monkeypatch.setattr(fusing, "tokenizer_of", {lm.name: lm.tokenizer for lm in (other_lm(), receiver)}.__getitem__)
+    named, found = (Fusion(receiver, [other_lm()], fusers) for fusers in (["sharer+gemma3"], []))
+    for fusion in (named, found):
+        assert fusion.sharers[0].side.card == card
+    with pytest.raises(AdapterError, match="no fuser from gemma3 to gemma3 .* kvtalk train fuser"):
+        Fusion(receiver, [receiver])
+
+
 def test_damaged_and_other_adapters_are_refused(joined: Pair, receiver: LM, tmp_path: Path) -> None:
     parties = [Party(lm.name, lm.spec.fingerprint) for lm in (other_lm(), receiver)]
     save_adapter(Fuser(joined.side.geometry), *parties, tmp_path / "fuser")

@@ -34,8 +34,9 @@ from kvtalk.spec import Fingerprint, ModelSpec, tokenizer_digest
 
 CARD = "adapter.json"
 SHIPPED = Path(__file__).parent / "shipped"
-"""Adapters that come with kvtalk; a folder's name loads it: ``SHARER+RECEIVER`` a translator, with ``.fuser`` after it
-a fuser."""
+"""Adapters that come with kvtalk: a translator lies in ``SHARER+RECEIVER``, a fuser in ``SHARER+RECEIVER.fuser``."""
+
+_FUSER = ".fuser"
 
 
 def _translator(content: dict[str, Any]) -> Geometry:
@@ -346,13 +347,14 @@ def read_card(name: str | Path, kind: str | None = None) -> tuple[Card, Path]:
     """The card of an adapter and the folder it lies in.
 
     Args:
-        name: folder, hub id (``@REVISION`` after it for a branch), or name of one that comes with kvtalk.
+        name: folder, hub id (``@REVISION`` after it for a branch), or name of one that comes with kvtalk, such as
+            ``smollm2-135m+gemma3-270m``; without a kind, that is a translator, and a fuser has ``.fuser`` after it.
         kind: which kind it must be of; by default any.
 
     Raises:
         AdapterError: not found, not an adapter, or of another kind.
     """
-    folder = _folder(name)
+    folder = _folder(name, kind)
     try:
         content = json.loads((folder / CARD).read_text("utf-8"))
         if not isinstance(content.get("facts", {}), dict):
@@ -456,14 +458,16 @@ def _party(content: dict[str, Any]) -> Party:
     return party
 
 
-def _folder(name: str | Path) -> Path:
+def _folder(name: str | Path, kind: str | None = None) -> Path:
     if Path(name).is_dir():
         return Path(name)
-    names = sorted(file.parent.name for file in SHIPPED.glob(f"*/{CARD}"))
-    if str(name) in names:
-        return SHIPPED / name
+    names = _shipped_names(kind)
+    found = names.get(str(name)) or _shipped_names(None).get(str(name))
+    if found is not None:
+        return found
     if str(name).count("/") != 1 or str(name).startswith((".", "~", "/")):
-        raise AdapterError(f"no adapter {str(name)!r}: give its folder, a hub id, or one of {', '.join(names)}")
+        others = f", a hub id, or one of {', '.join(names)}" if names else " or a hub id"
+        raise AdapterError(f"no adapter {str(name)!r}: give its folder{others}")
     from huggingface_hub import snapshot_download
 
     repo, _, revision = str(name).partition("@")
@@ -471,6 +475,15 @@ def _folder(name: str | Path) -> Path:
         return Path(snapshot_download(repo, revision=revision or None, allow_patterns=[CARD, "*.safetensors"]))
     except Exception as error:  # whatever the hub's client raises
         raise AdapterError(f"{name}: neither a folder nor an adapter on the hub ({str(error)[:200]})") from error
+
+
+def _shipped_names(kind: str | None) -> dict[str, Path]:
+    """Folders of what comes with kvtalk, of one kind or any, by name; of one kind without ``.fuser``."""
+    folders = sorted(file.parent for file in SHIPPED.glob(f"*/{CARD}"))
+    if kind is None:
+        return {folder.name: folder for folder in folders}
+    wanted = kind == "fuser"
+    return {folder.name.removesuffix(_FUSER): folder for folder in folders if folder.name.endswith(_FUSER) == wanted}
 
 
 def shipped_as(identity: str) -> Path | None:
