@@ -14,6 +14,9 @@ KINDS: tuple[str, ...] = get_args(Kind)
 TRANSFERS = ("cache", "fused", "wrong", "zeroed", "self")
 """Those that send a packet and so have a plan."""
 
+PLACED = ("cache", "fused")
+"""The two placements; a run has one of them."""
+
 DESTROYED = ("wrong", "zeroed")
 """What a transfer is worth is what it scores above the best of these."""
 
@@ -76,7 +79,7 @@ def make_arms(
             raise InputError(f"no arm {kind!r}; there are {', '.join(KINDS)}")
     if not kinds:
         raise InputError(f"no arm to run; there are {', '.join(KINDS)}")
-    if {"cache", "fused"} <= set(kinds):
+    if set(PLACED) <= set(kinds):
         raise InputError("cache and fused are two placements, whose controls have the same names: run them apart")
     if "routing" in kinds and not {"receiver", "sharer"} <= set(kinds):
         raise InputError("the arm routing chooses between two others: add receiver and sharer")
@@ -88,7 +91,7 @@ def make_arms(
         _transfer(kind, way, seed)
         for way in ways
         for kind in TRANSFERS
-        if kind in kinds and (kind in ("cache", "fused") or controlled is None or way in controlled)
+        if kind in kinds and (kind in PLACED or controlled is None or way in controlled)
     ]
     return plain + sent
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from kvtalk.codecs import codec
 from kvtalk.errors import InputError
+from kvtalk.evaluation.arms import PLACED
 from kvtalk.planning import Plan
 
 CODECS = (
@@ -74,9 +75,9 @@ def controlled(ways: Sequence[str], asked: Sequence[str] | None = None) -> list[
 
 
 def pareto(rows: Sequence[Mapping[str, Any]], metric: str) -> list[Mapping[str, Any]]:
-    """The cache arms that no other arm of as few bytes matches, by ascending bytes."""
+    """The arms with a sharer's cache that no other arm of as few bytes matches, by ascending bytes."""
     front: list[Mapping[str, Any]] = []
-    for row in sorted((row for row in rows if row["kind"] == "cache"), key=lambda row: (row["bytes"], -row[metric][0])):
+    for row in sorted((row for row in rows if row["kind"] in PLACED), key=lambda row: (row["bytes"], -row[metric][0])):
         if not front or row[metric][0] > front[-1][metric][0]:
             front.append(row)
     return front

@@ -10,7 +10,8 @@ from kvtalk.errors import InputError
 from kvtalk.evaluation.curve import pareto
 from kvtalk.evaluation.summary import floor
 
-_COLOURS = ("#3b6fb6", "#c8553d", "#4f9d69", "#8d6cab")
+_COLOURS = ("#3b6fb6", "#c8553d", "#4f9d69", "#8d6cab", "#c99a2e", "#4a9aa8")
+_MARKERS = {"cache": "o", "fused": "s"}
 
 
 def draw(runs: Mapping[str, Sequence[Mapping[str, Any]]], file: Path, title: str, metric: str, axis: str) -> None:
@@ -33,7 +34,8 @@ def draw(runs: Mapping[str, Sequence[Mapping[str, Any]]], file: Path, title: str
     figure = Figure(figsize=(9, 5), dpi=150, layout="constrained")
     axes = figure.subplots()
     for colour, (name, rows) in zip(_COLOURS, runs.items(), strict=False):
-        _points(axes, [row for row in rows if row["kind"] == "cache"], metric, colour, f"{name}: cache", "o")
+        for kind, marker in _MARKERS.items():
+            _points(axes, [row for row in rows if row["kind"] == kind], metric, colour, f"{name}: {kind}", marker)
         front = pareto(rows, metric)
         axes.plot([row["bytes"] for row in front], [row[metric][0] for row in front], color=colour, linewidth=1.5)
         _points(axes, [row for row in rows if row["kind"] == "text"], metric, colour, f"{name}: text", "*")

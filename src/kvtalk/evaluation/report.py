@@ -12,7 +12,7 @@ from typing import Any
 from kvtalk.codecs import codec
 from kvtalk.errors import InputError
 from kvtalk.evaluation import timing
-from kvtalk.evaluation.arms import ABOUT, DESTROYED, KINDS, TRANSFERS
+from kvtalk.evaluation.arms import ABOUT, DESTROYED, KINDS, PLACED, TRANSFERS
 from kvtalk.evaluation.curve import pareto
 from kvtalk.evaluation.folder import read_manifest
 from kvtalk.evaluation.metrics import METRICS
@@ -147,7 +147,7 @@ def _view(run: Run) -> dict[str, Any]:
 
 def _chart(run: Run) -> dict[str, Any] | None:
     """What the page's script draws; None where there is no curve."""
-    caches = [row for row in run.arms if row["kind"] == "cache"]
+    caches = [row for row in run.arms if row["kind"] in PLACED]
     if len(caches) < 2:
         return None
     front = [row["plan"] for row in pareto(run.arms, run.lead)]
@@ -157,18 +157,18 @@ def _chart(run: Run) -> dict[str, Any] | None:
             "group": _group(row),
             "bytes": max(row["bytes"], 1),
             "score": row[run.lead],
-            "front": row["plan"] in front and row["kind"] == "cache",
+            "front": row["plan"] in front and row["kind"] in PLACED,
             "more": _details(run, row),
         }
         for row in run.arms
-        if row["kind"] in ("cache", "text", "relay")
+        if row["kind"] in (*PLACED, "text", "relay")
     ]
     alone = next((row[run.lead][0] for row in run.arms if row["kind"] == "receiver"), None)
     return {"metric": label(run.lead), "points": points, "band": floor(run.arms, run.lead), "alone": alone}
 
 
 def _group(row: Mapping[str, Any]) -> str:
-    if row["kind"] != "cache":
+    if row["kind"] not in PLACED:
         return {"text": "context as text", "relay": "text relay"}[row["kind"]]
     if row["plan"].startswith("budget="):
         return "budget"
