@@ -423,6 +423,29 @@ class FusedLink(Link):
         self.card = self.fusion.sharers[0].side.card
         self.sharer, self.receiver = Sharer(self.fusion.sharers[0].side.lm), Receiver(lm)
 
+    def ask(
+        self,
+        context: str,
+        question: str,
+        *,
+        budget: Budget | str | None = None,
+        plan: Plan | None = None,
+        **options: Any,
+    ) -> Answer:
+        """Let the sharer read the context, both models the question, and the receiver answer it.
+
+        Args:
+            context: read by the sharer alone.
+            question: read by both.
+            budget: see :meth:`Link.ask`.
+            plan: see :meth:`Link.ask`.
+            options: for :meth:`Fusion.ask`.
+
+        Raises:
+            KVTalkError: the context, question, budget or pair of models cannot be used.
+        """
+        return self.fusion.ask(question, context, private=True, budget=budget, plan=plan, **options)
+
 
 def _shipped(sharer: LM, receiver: LM) -> Path:
     folder = shipped_for(sharer.spec, receiver.spec, "fuser")

@@ -189,6 +189,11 @@ def samples() -> list[Passage]:
     return list(shipped("invented", Passage))
 
 
+def invented_gaps() -> list[Passage]:
+    """24 sentences of those passages to complete: a word is left out of it, or it breaks off before one."""
+    return list(shipped("invented_gaps", Passage))
+
+
 def digest(items: Sequence[Item]) -> str:
     """xxh3 over the items' content, so that a result names its data."""
     content = json.dumps([item.model_dump() for item in items], sort_keys=True, ensure_ascii=False)

@@ -26,6 +26,7 @@ TASKS: dict[str, Task] = {
         narrativeqa.TASK,
         countries.TASK,
         invented.TASK,
+        invented.GAPS,
         openbookqa.TASK,
         arc.CHALLENGE,
         arc.CHALLENGE_LETTERS,
