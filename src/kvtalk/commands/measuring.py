@@ -19,7 +19,7 @@ FuserOption = Annotated[
     typer.Option(
         "--fuser",
         help="Both models read the question, and this fuser enriches the receiver's cache by the sharer's: folder, hub "
-        "id, or the name of one that comes with kvtalk.",
+        "id, or the name of one that comes with kvtalk, such as smollm2-135m+gemma3-270m.",
     ),
 ]
 SelfFuserOption = Annotated[

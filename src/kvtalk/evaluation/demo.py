@@ -79,7 +79,7 @@ def run_demo(console: Console, out: Path, questions: int) -> None:
         rows[part.name] = _asked(console, part, out / part.name.replace(", ", "."))
     console.print(_table(rows))
     (out / "table.md").write_text(_markdown(rows, questions), "utf-8")
-    title = f"{questions} questions about invented passages"
+    title = f"{questions} questions about invented passages; fused: sentences of theirs to complete"
     draw(rows, out / "picture.png", title, "contains", "right answers, %")
     console.print(f"table: {out / 'table.md'}, picture: {out / 'picture.png'}, every answer: {out}/*/items.jsonl.gz")
 
@@ -176,7 +176,7 @@ def _table(rows: dict[str, list[dict[str, Any]]]) -> Table:
 def _markdown(rows: dict[str, list[dict[str, Any]]], questions: int) -> str:
     lines = [
         f"Made by `kvtalk demo --questions {questions}`. Right: an accepted answer stands in what the model wrote. "
-        "In brackets 95% intervals.",
+        "In brackets 95% intervals. Fused: not these questions, but sentences of the passages to complete.",
         "",
         "| sharer+receiver | receiver gets | right answers | bytes | bits/value | first token |",
         "| --- | --- | --- | --- | --- | --- |",

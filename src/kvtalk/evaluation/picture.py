@@ -35,7 +35,7 @@ def draw(runs: Mapping[str, Sequence[Mapping[str, Any]]], file: Path, title: str
     axes = figure.subplots()
     for colour, (name, rows) in zip(_COLOURS, runs.items(), strict=False):
         for kind, marker in _MARKERS.items():
-            _points(axes, [row for row in rows if row["kind"] == kind], metric, colour, f"{name}: {kind}", marker)
+            _points(axes, [row for row in rows if row["kind"] == kind], metric, colour, f"{name}: cache", marker)
         front = pareto(rows, metric)
         axes.plot([row["bytes"] for row in front], [row[metric][0] for row in front], color=colour, linewidth=1.5)
         _points(axes, [row for row in rows if row["kind"] == "text"], metric, colour, f"{name}: text", "*")
