@@ -276,8 +276,10 @@ def test_a_model_completes_a_sentence_from_another_models_cache_and_its_controls
     arms = make_arms(["receiver", "fused", "wrong", "zeroed"], ["bf16"])
     rows = {row["arm"]: row for row in run(link, GAPS, invented_gaps(), arms, tmp_path)["arms"]}
     assert max(rows[name]["contains"][0] for name in ("receiver", "wrong bf16", "zeroed bf16")) <= 10
-    assert rows["fused bf16"]["gain"][1] > 0
-    assert rows["fused bf16"]["nll"] < min(rows["wrong bf16"]["nll"], rows["zeroed bf16"]["nll"]) - 0.3
+    gains = {"smollm2-135m": (4.0, 0), "gemma3-270m": (0.7, -10)}  # nats, and right answers, %, lower end
+    nats, low = gains[sharer]
+    assert rows["fused bf16"]["nll"] < min(rows["wrong bf16"]["nll"], rows["zeroed bf16"]["nll"]) - nats
+    assert rows["fused bf16"]["gain"][1] > low
     assert sum(file.stat().st_size for file in folder.iterdir()) <= 14_000_000
 
 

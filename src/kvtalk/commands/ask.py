@@ -53,8 +53,8 @@ def ask(
         typer.Option(
             "--fuser",
             help="All models read the question, and this fuser enriches the receiver's cache by the sharer's: folder, "
-            "hub id, or the name of one that comes with kvtalk, such as smollm2-135m+gemma3-270m. Of several sharers one "
-            "for each, in order.",
+            "hub id, or the name of one that comes with kvtalk, such as smollm2-135m+gemma3-270m. Of several sharers "
+            "one for each, in order.",
         ),
     ] = None,
     private: Annotated[

@@ -79,7 +79,7 @@ def run_demo(console: Console, out: Path, questions: int) -> None:
         rows[part.name] = _asked(console, part, out / part.name.replace(", ", "."))
     console.print(_table(rows))
     (out / "table.md").write_text(_markdown(rows, questions), "utf-8")
-    title = f"{questions} questions about invented passages; fused: sentences of theirs to complete"
+    title = f"{questions} questions about invented passages; fused: sentences to complete"
     draw(rows, out / "picture.png", title, "contains", "right answers, %")
     console.print(f"table: {out / 'table.md'}, picture: {out / 'picture.png'}, every answer: {out}/*/items.jsonl.gz")
 
@@ -105,7 +105,7 @@ def _parts(lms: Mapping[str, LM], questions: int) -> Iterator[Part]:
             continue
         yield Part(
             f"{sharer}+{receiver}, fused",
-            f"[bold]{sharer}[/] reads, {receiver} completes a sentence, its cache fused: {len(gaps)} of these passages",
+            f"[bold]{sharer}[/] reads, {receiver} completes a sentence, its cache fused: {len(gaps)} further passages",
             FusedLink(lms[sharer], lms[receiver]),
             invented.GAPS,
             gaps,
@@ -161,6 +161,7 @@ def _table(rows: dict[str, list[dict[str, Any]]]) -> Table:
         "sharer+receiver",
         "receiver gets",
         "right answers",
+        "NLL",
         "bytes",
         "bits/value",
         "first token",
@@ -176,10 +177,11 @@ def _table(rows: dict[str, list[dict[str, Any]]]) -> Table:
 def _markdown(rows: dict[str, list[dict[str, Any]]], questions: int) -> str:
     lines = [
         f"Made by `kvtalk demo --questions {questions}`. Right: an accepted answer stands in what the model wrote. "
-        "In brackets 95% intervals. Fused: not these questions, but sentences of the passages to complete.",
+        "In brackets 95% intervals. NLL: nats a token of the right answer, less is better. Fused: not these questions, "
+        "but sentences of further passages to complete.",
         "",
-        "| sharer+receiver | receiver gets | right answers | bytes | bits/value | first token |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| sharer+receiver | receiver gets | right answers | NLL | bytes | bits/value | first token |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     lines += ["| " + " | ".join([name, *_cells(row)]) + " |" for name, group in rows.items() for row in group]
     return "\n".join(lines) + "\n"
@@ -191,6 +193,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
     return [
         _title(row["arm"]),
         f"{right:.0f}% [{low:.0f}, {high:.0f}]",
+        f"{row['nll']:.2f}",
         f"{row['bytes']:,}",
         bits,
         f"{row['first_token_ms']:.0f} ms",

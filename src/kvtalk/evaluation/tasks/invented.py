@@ -1,4 +1,4 @@
-"""Our own: questions about 40 invented passages, so that no model can know an answer without the passage."""
+"""Our own: questions about invented passages, so that no model can know an answer without the passage."""
 
 from kvtalk.evaluation.data import Passage
 from kvtalk.evaluation.tasks.base import Task
@@ -15,11 +15,12 @@ TASK = Task(
 
 GAPS = Task(
     name="invented_gaps",
-    title="Sentences of invented passages to complete",
+    title="Invented sentences to complete",
     row=Passage,
     licence="Apache-2.0",
     file="invented_gaps",
     comes_along=True,
     metrics=("contains", "f1", "em", "nll"),
 )
-"""Each question is a sentence without one of its words, or its beginning: what the fusers that come along learned."""
+"""Each about a short passage of its own: one of its sentences without a word, or its beginning, which is the form that
+the fusers that come along learned."""
