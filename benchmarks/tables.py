@@ -64,6 +64,8 @@ TABLES = (
     "latents",
     "text",
     "decoding",
+    "shipped",
+    "thinned",
     "fused",
     "cut",
     "five",
@@ -75,6 +77,7 @@ TABLES = (
     "taught",
     "worth",
     "fusing",
+    "waiting",
 )
 FUSED = RESULTS / "fuser"
 FUSED_ARMS = ("receiver", "sharer", "relay", "routing", "fused bf16", "wrong bf16", "zeroed bf16", "self bf16")
@@ -224,6 +227,34 @@ def lora() -> Iterator[str]:
         yield f"| {pair} | {len(scores[-1]):,} | {' | '.join(cells)} |"
 
 
+def shipped() -> Iterator[str]:
+    """The fusers that come along: the sharer reads a text, the receiver a question about it; F1."""
+    names = ("receiver", "text", "fused bf16", "wrong bf16", "zeroed bf16")
+    yield from _fused_head("sharer+receiver, questions", names)
+    for title, place in (
+        ("gaps", "qat/parent/gaps"),
+        ("names and numbers", "shipped/names"),
+        ("SQuAD", "shipped/squad"),
+    ):
+        for pair in FUSED_PAIRS:
+            folder = FUSED / place / pair
+            if folder.exists():
+                read = rows_of(FUSED / "gaps" / "text" / pair.partition("+")[2]) if title == "gaps" else {}
+                yield _fused_row(f"{pair}, {title}", folder, "f1", names, read)
+
+
+def thinned() -> Iterator[str]:
+    """Gaps, by what crosses, for the fusers that come along and for those that went on with the packet in the loop."""
+    yield "| sharer+receiver | what crosses | bytes | F1 | gain | F1, packet in the loop | gain |"
+    yield "| --- " * 7 + "|"
+    for pair in FUSED_PAIRS:
+        both = [rows_of(FUSED / "qat" / way / "gaps" / pair) for way in ("parent", "trained")]
+        for name, row in both[0].items():
+            if row["kind"] == "fused":
+                cells = [f"{figure('f1', rows[name]['f1'])} | {signed(rows[name]['gain'])}" for rows in both]
+                yield f"| {pair} | {name.removeprefix('fused ')} | {row['bytes']:,} | {' | '.join(cells)} |"
+
+
 def fused() -> Iterator[str]:
     """Fused caches: what the fuser makes of the sharer's, and of what else stands in its place."""
     yield from _fused_head("sharer+receiver, task, protocol", FUSED_ARMS)
@@ -369,8 +400,10 @@ def _fused_head(first: str, names: Sequence[str]) -> Iterator[str]:
     yield "| --- " * (len(names) + 3) + "|"
 
 
-def _fused_row(title: str, folder: Path, metric: str, names: Sequence[str] = FUSED_ARMS) -> str:
-    rows = rows_of(folder)
+def _fused_row(
+    title: str, folder: Path, metric: str, names: Sequence[str] = FUSED_ARMS, further: dict[str, dict] | None = None
+) -> str:
+    rows = {**(further or {}), **rows_of(folder)}
     cells = [figure(metric, rows[name][metric]) for name in names]
     return f"| {title} | {rows['receiver']['items']:,} | {' | '.join(cells)} | {signed(rows['fused bf16']['gain'])} |"
 
@@ -409,6 +442,27 @@ def fusing() -> Iterator[str]:
             yield f"| {where}, {row['dtype']} | {times} | {ratio} |"
 
 
+def waiting() -> Iterator[str]:
+    """Time to the first token of a fused answer against that of an answer to what the sharer writes."""
+    yield "| where, task | sharer+receiver | alone | relay | of it writing | fused | fused / relay, median [range] |"
+    yield "| --- " * 7 + "|"
+    for where, folder in (
+        ("2 CPU cores, OpenBookQA", FUSED / "latency"),
+        ("H200, OpenBookQA", FUSED / "latency" / "h200" / "openbookqa"),
+        ("H200, gaps", FUSED / "latency" / "h200" / "gaps"),
+    ):
+        for pair in FUSED_PAIRS:
+            if not (folder / pair).exists():
+                continue
+            arms = {row["arm"]: row["seconds"] for row in json.loads((folder / pair / "timings.json").read_text())}
+            total = {arm: [one["to_first_token"] for one in arms[arm]] for arm in ("receiver", "relay", "fused bf16")}
+            ratios = [ours / theirs for ours, theirs in zip(total["fused bf16"], total["relay"], strict=True)]
+            cells = [f"{1000 * statistics.median(total[arm]):.0f} ms" for arm in ("receiver", "relay", "fused bf16")]
+            cells.insert(2, f"{1000 * statistics.median(one['relay'] for one in arms['relay']):.0f} ms")
+            ratio = f"{statistics.median(ratios):.2f} [{min(ratios):.2f}, {max(ratios):.2f}]"
+            yield f"| {where} | {pair} | {' | '.join(cells)} | {ratio} |"
+
+
 def across() -> Iterator[str]:
     """SQuAD across models, the arms of README.md."""
     rows = rows_of(RESULTS / "squad" / PAIRS[0])
@@ -432,12 +486,13 @@ def latents() -> Iterator[str]:
 
 def decoding() -> Iterator[str]:
     """Decoding and placing latents against the receiver's own reading."""
-    yield "| sharer, receiver | tokens | prefill | decode | place | ratio, median [range] |"
-    yield "| --- " * 6 + "|"
-    for row in json.loads((RESULTS / "bench" / "translator_cpu.json").read_text())["measured"]:
-        times = " | ".join(f"{row[name]:,.0f} ms" for name in ("prefill_ms", "decode_ms", "place_ms"))
-        ratio = "{:.2f} [{:.2f}, {:.2f}]".format(row["ratio"], *row["ratio_range"])
-        yield f"| {row['sharer']}, {row['receiver']} | {row['tokens']:,} | {times} | {ratio} |"
+    yield "| where | sharer, receiver | tokens | prefill | decode | place | ratio, median [range] |"
+    yield "| --- " * 7 + "|"
+    for where, device, digits in (("2 CPU cores", "cpu", 0), ("H200", "cuda", 1)):
+        for row in json.loads((RESULTS / "bench" / f"translator_{device}.json").read_text())["measured"]:
+            times = " | ".join(f"{row[name]:,.{digits}f} ms" for name in ("prefill_ms", "decode_ms", "place_ms"))
+            ratio = "{:.2f} [{:.2f}, {:.2f}]".format(row["ratio"], *row["ratio_range"])
+            yield f"| {where} | {row['sharer']}, {row['receiver']} | {row['tokens']:,} | {times} | {ratio} |"
 
 
 def text() -> Iterator[str]:

@@ -58,6 +58,8 @@ def test_readme_lists_every_method() -> None:
         ("latents", TRANSLATOR),
         ("text", TRANSLATOR),
         ("decoding", TRANSLATOR),
+        ("shipped", FUSER),
+        ("thinned", FUSER),
         ("fused", FUSER),
         ("cut", FUSER),
         ("five", FUSER),
@@ -69,6 +71,7 @@ def test_readme_lists_every_method() -> None:
         ("taught", FUSER),
         ("worth", FUSER),
         ("fusing", FUSER),
+        ("waiting", FUSER),
     ],
 )
 def test_figures_in_tables_are_those_of_the_results(name: str, page: str) -> None:
