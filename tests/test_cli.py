@@ -217,6 +217,18 @@ def test_a_trained_fuser_answers_without_a_context(
     known = json.loads(in_process("ask", *models, *options, "-c", context, "--private").stdout)
     assert known["fused"]["context_tokens"] == whole["context_tokens"]
     assert known["receiver alone"]["answer"] == rows["receiver alone"]["answer"]
+    assert list(known) == ["fused", "receiver alone", "context as text", "another text's cache"]
+    assert (
+        known["context as text"]["answer"]
+        == json.loads(in_process("ask", *models, *options, "-c", context, "--no-compare").stdout)["receiver alone"][
+            "answer"
+        ]
+    )
+    assert known["another text's cache"]["plan"] == known["fused"]["plan"]
+    short = json.loads(in_process("ask", *models, *options, "-c", context, "--private", "--no-compare").stdout)
+    assert short["fused"]["answer"] == known["fused"]["answer"]
+    assert list(short) == ["fused", "receiver alone"]
+    refused(in_process("ask", *models, *options, "--adapter", "a+b"), "give one")
     refused(in_process("ask", *models, *options, "--private"), "--private is for a --context")
     refused(in_process("ask", "-s", other_folder, "-q", "Who?", "-c", context, "--private"), "give both")
     foretold = json.loads(in_process("ask", *models, *options, "-p", "int4 delta_proj_vnorm@25%").stdout)["fused"]

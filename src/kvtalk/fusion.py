@@ -170,7 +170,7 @@ class Fusion:
 
     def __init__(
         self,
-        receiver: LM | str,
+        receiver: LM | str | None,
         sharers: Sequence[LM | str] = (),
         fusers: Sequence[str | Path] = (),
         *,
@@ -179,7 +179,7 @@ class Fusion:
         """Join models, or names to load them by.
 
         Args:
-            receiver: answers.
+            receiver: answers; None for the one that the first fuser was trained for.
             sharers: by default those that the fusers were trained with.
             fusers: a folder, a hub id or the name of one that comes with kvtalk for each sharer; by default what
                 comes with kvtalk.
@@ -192,7 +192,10 @@ class Fusion:
         if not sharers and not fusers:
             raise AdapterError("give a sharer, or a fuser whose sharer is loaded")
         cards = [read_card(name, "fuser")[0] for name in fusers]
-        lm = LM.load(receiver, dtype=dtype) if isinstance(receiver, str) else receiver
+        if receiver is None and not cards:
+            raise AdapterError("give a receiver, or a fuser whose receiver is loaded")
+        wanted = cards[0].receiver.name if receiver is None else receiver
+        lm = LM.load(wanted, dtype=dtype) if isinstance(wanted, str) else wanted
         named = sharers or [card.sharer.name for card in cards]
         loaded = [LM.load(one, dtype=dtype) if isinstance(one, str) else one for one in named]
         names = list(fusers) or [_shipped(one, lm) for one in loaded]

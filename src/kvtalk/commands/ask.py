@@ -25,6 +25,7 @@ from kvtalk.commands.reading import read_text
 from kvtalk.errors import InputError
 
 if TYPE_CHECKING:
+    from kvtalk.fusion import Fusion
     from kvtalk.link import Answer, Link
     from kvtalk.planning import Plan
 
@@ -42,8 +43,8 @@ def ask(
         typer.Option(
             "--sharer",
             "-s",
-            help="Model that reads: bundled name, folder, .gguf file or hub id; by default gemma3-270m. Repeat for "
-            "several, with a --fuser each.",
+            help="Model that reads: bundled name, folder, .gguf file or hub id; by default gemma3-270m, with a --fuser "
+            "the one that it was trained with. Repeat for several, with a --fuser each.",
         ),
     ] = None,
     receiver: ReceiverOption = None,
@@ -75,7 +76,10 @@ def ask(
     seed: SeedOption = 0,
     compare: Annotated[
         bool,
-        typer.Option(help="Also ask without the context, with it as text, and with another text's cache."),
+        typer.Option(
+            help="Also ask without the context, with it as text, and with another text's cache; with --fuser where the "
+            "context is --private."
+        ),
     ] = True,
     as_json: JsonOption = False,
 ) -> None:
@@ -86,12 +90,22 @@ def ask(
     """
     text = None if context is None else read_text(context)
     chosen = plan_of(plan, seed)
-    sharers = sharer or [DEFAULT_MODEL]
     if private and (not fuser or text is None):
         raise InputError("--private is for a --context that only the sharer of a --fuser reads: give both")
+    if fuser and adapter:
+        raise InputError("--adapter is for a cache before the question, --fuser for one that enriches it: give one")
+    options = sampling(temperature, seed)
     if fuser:
-        _ask_fused(fuser, sharers, receiver, text, question, private, budget or [], chosen, max_new_tokens, as_json)
+        from kvtalk.fusion import Fusion
+
+        with loading():
+            fusion = Fusion(receiver, sharer or [], fuser)
+            fusion.ask("A question?", max_new_tokens=2)
+        options["max_new_tokens"] = max_new_tokens
+        rows = _fused(fusion, text, question, private, budget or [], chosen, compare, seed, options)
+        print_compared(rows, text or question, as_json)
         return
+    sharers = sharer or [DEFAULT_MODEL]
     if len(sharers) > 1 or len(budget or []) > 1:
         raise InputError("several sharers, or a budget for each, need a --fuser for each sharer")
     if text is None:
@@ -101,7 +115,7 @@ def ask(
 
         link = Link(sharers[0], receiver or sharers[0], adapter=adapter)
         link.warm_up()
-    options = sampling(temperature, seed)
+    sampling(0, seed)
     answer = link.ask(
         text,
         question,
@@ -118,28 +132,32 @@ def ask(
     print_compared(rows, text, as_json)
 
 
-def _ask_fused(
-    fusers: list[str],
-    sharers: list[str],
-    receiver: str | None,
+def _fused(
+    fusion: Fusion,
     text: str | None,
     question: str,
     private: bool,
     budgets: list[str],
     plan: Plan | None,
-    tokens: int,
-    as_json: bool,
-) -> None:
-    from kvtalk.fusion import Fusion
+    compare: bool,
+    seed: int,
+    options: dict[str, Any],
+) -> dict[str, Answer]:
+    from kvtalk.evaluation.data import unrelated_text
     from kvtalk.link import Receiver
 
-    with loading():
-        fusion = Fusion(receiver or sharers[0], sharers, fusers)
-        fusion.ask("A question?", max_new_tokens=2)
-    budget = budgets if len(budgets) > 1 else budgets[0] if budgets else None
-    answer = fusion.ask(question, text, private=private, budget=budget, plan=plan, max_new_tokens=tokens)
-    alone = Receiver(fusion.receiver.lm).answer_text(None if private else text, question, max_new_tokens=tokens)
-    print_compared({"fused": answer, "receiver alone": alone}, question, as_json)
+    alone = Receiver(fusion.receiver.lm)
+    sent: dict[str, Any] = {"budget": budgets if len(budgets) > 1 else budgets[0] if budgets else None, "plan": plan}
+    sampling(0, seed)
+    rows = {"fused": fusion.ask(question, text, private=private, **sent, **options)}
+    sampling(0, seed)
+    rows["receiver alone"] = alone.answer_text(None if private else text, question, **options)
+    if compare and private and text is not None:
+        sampling(0, seed)
+        rows["context as text"] = alone.answer_text(text, question, **options)
+        sampling(0, seed)
+        rows["another text's cache"] = fusion.ask(question, unrelated_text(text), private=True, **sent, **options)
+    return rows
 
 
 def _comparisons(
