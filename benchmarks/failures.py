@@ -1,6 +1,7 @@
-"""Where a translated cache loses against the text: F1 by kind of answer and length of context.
+"""Where a translated or fused cache loses: F1 by kind of answer and length of context.
 
-python benchmarks/translator_failures.py results/squad/smollm2-135m+gemma3-270m SQUAD.jsonl.gz [--list]
+python benchmarks/failures.py results/squad/smollm2-135m+gemma3-270m SQUAD.jsonl.gz [--list]
+python benchmarks/failures.py results/fuser/qat/parent/gaps/PAIR GAPS.jsonl.gz --arms 'fused bf16,wrong bf16,zeroed bf16'
 """
 
 from __future__ import annotations
@@ -35,8 +36,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
     parser.add_argument("data", type=Path)
+    parser.add_argument("--arms", default=",".join(ARMS), help="of the run")
     parser.add_argument("--list", action="store_true", help="wrong answers where the text's is right")
     options = parser.parse_args()
+    columns = options.arms.split(",")
     with gzip.open(options.data, "rt", encoding="utf-8") as file:
         rows = {str(row["id"]): row for row in map(json.loads, file)}
     found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
@@ -46,11 +49,13 @@ def main() -> None:
         said[record.id][record.arm], right[record.id][record.arm] = record.answer, record.scores["f1"]
         for kind in kinds(rows[record.id]):
             found[kind][record.arm].append(100 * record.scores["f1"])
-    print(f"| questions | number | {' | '.join(ARMS)} |")
-    print("| --- " * (len(ARMS) + 2) + "|")
+    print(f"| questions | number | {' | '.join(columns)} |")
+    print("| --- " * (len(columns) + 2) + "|")
     for kind, arms in sorted(found.items()):
-        cells = [f"{sum(arms[arm]) / len(arms[arm]):.1f}" if arms[arm] else "" for arm in ARMS]
-        print(f"| {kind} | {len(arms[ARMS[0]])} | {' | '.join(cells)} |")
+        cells = [f"{sum(arms[arm]) / len(arms[arm]):.1f}" if arms[arm] else "" for arm in columns]
+        print(f"| {kind} | {len(arms[columns[0]])} | {' | '.join(cells)} |")
+    if "text" not in columns:
+        return
     wrong = [name for name in said if right[name]["cache bf16"] < 0.5]
     both = sum(right[name]["text"] < 0.5 for name in wrong)
     print(f"\nF1 below 0.5: {len(wrong)} of {len(said)}; in {both} of them the frozen receiver's own reading is too")
