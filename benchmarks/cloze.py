@@ -4,9 +4,9 @@
 
 Rows have ``id``, ``context``, ``question``, ``answers``. A context is a passage of the text, the question one of its
 sentences with a gap whose words stand nowhere else in that sentence, its beginning up to there, to be gone on with, or
-the sentence with *What* in the place of how it begins. Half of the gaps are names or numbers (with ``--names`` all of
-them, and nothing is to be gone on with), the others words that are not among the most frequent. They teach to keep
-which word stood where, for which texts with human questions are too few.
+the sentence with *What* in the place of how it begins. Every other time a name or number is to be left out, and a
+sentence without any gives no question (with ``--names`` every time, and nothing is to be gone on with), else a word that
+is not among the most frequent. They teach to keep which word stood where, for which human questions are too few.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ NAME = re.compile(r"(?<![.!?\"'] )(?<!^)\b[A-Z][\w'-]+(?: (?:of |the |de |van )?
 NUMBER = re.compile(r"\b\d[\d,.:]*\d\b|\b\d+\b")
 WORD = re.compile(r"(?<![\w'-])[a-z]{3,}(?![\w'-])")
 FREQUENT = 400
-"""Words of the texts that are never left out, the most frequent ones: they say little."""
+"""Words of the texts that are not left out by themselves, the most frequent ones: they say little."""
 BEGINNING = re.compile(
     r"^(?:The |A |An )?[A-Z][\w'-]+(?: [A-Z][\w'-]+)+(?= (?:is|was|are|were|has|had|can|will|came|made)\b)"
 )

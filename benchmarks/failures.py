@@ -1,7 +1,7 @@
 """Where a translated or fused cache loses: F1 by kind of answer and length of context.
 
 python benchmarks/failures.py results/squad/smollm2-135m+gemma3-270m SQUAD.jsonl.gz [--list]
-python benchmarks/failures.py results/fuser/qat/parent/gaps/PAIR GAPS.jsonl.gz --arms 'fused bf16,wrong bf16,zeroed bf16'
+python benchmarks/failures.py results/fuser/qat/parent/gaps/PAIR GAPS.jsonl.gz --arms 'fused bf16,wrong bf16'
 """
 
 from __future__ import annotations

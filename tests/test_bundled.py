@@ -27,6 +27,7 @@ from kvtalk.evaluation.data import Passage, invented_gaps, samples, unrelated_te
 from kvtalk.evaluation.metrics import METRICS, contains_answer
 from kvtalk.evaluation.protocols import protocol_for
 from kvtalk.evaluation.runner import run
+from kvtalk.evaluation.statistics import bootstrap
 from kvtalk.evaluation.summary import read_records
 from kvtalk.evaluation.tasks import task_named
 from kvtalk.fusion import FusedLink
@@ -267,7 +268,7 @@ def test_a_model_answers_from_another_models_cache_and_its_controls_do_not(
 
 
 @pytest.mark.parametrize("folder", sorted(SHIPPED.glob("*.fuser")), ids=lambda folder: folder.name)
-def test_a_model_completes_a_sentence_from_another_models_cache_and_its_controls_do_not(
+def test_a_right_word_is_likelier_with_another_models_cache_than_with_its_controls(
     folder: Path, tmp_path: Path
 ) -> None:
     """Invented texts, which only the sharer reads, and neither the models nor the fuser ever saw before."""
@@ -275,11 +276,15 @@ def test_a_model_completes_a_sentence_from_another_models_cache_and_its_controls
     link = FusedLink(bundled_lm(sharer), bundled_lm(receiver))
     arms = make_arms(["receiver", "fused", "wrong", "zeroed"], ["bf16"])
     rows = {row["arm"]: row for row in run(link, GAPS, invented_gaps(), arms, tmp_path)["arms"]}
-    assert max(rows[name]["contains"][0] for name in ("receiver", "wrong bf16", "zeroed bf16")) <= 10
-    gains = {"smollm2-135m": (4.0, 0), "gemma3-270m": (0.7, -10)}  # nats, and right answers, %, lower end
-    nats, low = gains[sharer]
-    assert rows["fused bf16"]["nll"] < min(rows["wrong bf16"]["nll"], rows["zeroed bf16"]["nll"]) - nats
-    assert rows["fused bf16"]["gain"][1] > low
+    nats: dict[str, dict[str, float]] = {}
+    for record in read_records(tmp_path):
+        nats.setdefault(record.arm, {})[record.id] = record.scores["nll"]
+    for control in ("wrong bf16", "zeroed bf16", "receiver"):
+        gained = bootstrap([nats[control][key] - value for key, value in nats["fused bf16"].items()])
+        assert gained.low > (3 if sharer == "smollm2-135m" else 0.2)
+        assert rows[control]["contains"][0] <= 10
+    if sharer == "smollm2-135m":  # the other way round too few are completed to tell
+        assert rows["fused bf16"]["gain"][1] > 0
     assert sum(file.stat().st_size for file in folder.iterdir()) <= 14_000_000
 
 

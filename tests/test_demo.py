@@ -90,13 +90,15 @@ def test_fusers_that_come_along_are_shown_beside_the_prefix(shipped: Path, lms: 
             "another text's cache",
             "its cache, all zero",
             "fused, int4, 25%",
+            "another's, int4, 25%",
+            "all zero, int4, 25%",
         ]
         run = tmp_path / "demo" / f"{name}.fused"
         assert json.loads((run / "manifest.json").read_text())["task"]["name"] == "invented_gaps"
         sent = {record.arm: record.bytes for record in read_records(run)}
-        assert len(list(read_records(run))) == 2 * 6
+        assert len(list(read_records(run))) == 2 * 8
         assert 0 < sent[f"fused {demo.FUSED[1]}"] < sent["fused bf16"] == sent["zeroed bf16"]
-        assert f"{sharer} reads, {receiver} completes a sentence, its cache fused: 2 of these passages, 6 ways" in said
+        assert f"{sharer} reads, {receiver} completes a sentence, its cache fused: 2 further passages, 8 ways" in said
     shown = [line for line in said.splitlines() if line.startswith("  fused, int4, 25%")]
     assert len(shown) == 2
     for item in (invented_gaps()[0], samples()[0]):

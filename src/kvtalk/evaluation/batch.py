@@ -242,7 +242,7 @@ class _FusedRead:
         self.sharer, self.theirs, self.prompts = sharer, theirs, prompts
         self.cache = sharer.read(*theirs)
         self.tokens = self.cache.length
-        self._last: tuple[str, tuple[list[memoryview], list[Plan]]] | None = None
+        self._last: tuple[tuple[Plan | None, str | None], tuple[list[memoryview], list[Plan]]] | None = None
 
     @property
     def crossing(self) -> list[list[int]]:
@@ -252,13 +252,14 @@ class _FusedRead:
 
     def send(self, arm: Arm) -> tuple[list[memoryview], list[Plan]]:
         """A packet of each, and how it was packed; the last ones are kept for the arms that send the same."""
-        if self._last is None or self._last[0] != arm.way:
+        key = arm.plan, arm.budget
+        if self._last is None or self._last[0] != key:
             self._last = None
             if arm.budget is None:
                 plans = [self.sharer.plan(self.cache, None, arm.plan)] * self.cache.batch
             else:
                 plans = [self.sharer.plan(row, arm.budget, arm.plan) for row in self.cache.rows()]
-            self._last = arm.way, (self.sharer.encode_rows(self.theirs, self.cache, plans), plans)
+            self._last = key, (self.sharer.encode_rows(self.theirs, self.cache, plans), plans)
         return self._last[1]
 
 

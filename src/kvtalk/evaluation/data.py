@@ -190,7 +190,7 @@ def samples() -> list[Passage]:
 
 
 def invented_gaps() -> list[Passage]:
-    """24 sentences of those passages to complete: a word is left out of it, or it breaks off before one."""
+    """24 sentences to complete, of a short passage each: a word is left out, or the sentence breaks off before one."""
     return list(shipped("invented_gaps", Passage))
 
 

@@ -42,6 +42,8 @@ TITLES = {
     "cache bf16": "cache, bf16",
     "fused bf16": "fused, bf16",
     f"fused {FUSED[1]}": "fused, int4, 25%",
+    f"wrong {FUSED[1]}": "another's, int4, 25%",
+    f"zeroed {FUSED[1]}": "all zero, int4, 25%",
 }
 
 
@@ -109,7 +111,7 @@ def _parts(lms: Mapping[str, LM], questions: int) -> Iterator[Part]:
             FusedLink(lms[sharer], lms[receiver]),
             invented.GAPS,
             gaps,
-            make_arms(FUSED_KINDS, FUSED, FUSED[:1]),
+            make_arms(FUSED_KINDS, FUSED),
         )
 
 
@@ -178,7 +180,7 @@ def _markdown(rows: dict[str, list[dict[str, Any]]], questions: int) -> str:
     lines = [
         f"Made by `kvtalk demo --questions {questions}`. Right: an accepted answer stands in what the model wrote. "
         "In brackets 95% intervals. NLL: nats a token of the right answer, less is better. Fused: not these questions, "
-        "but sentences of further passages to complete.",
+        "but sentences of further, shorter passages to complete, mostly without an ordinary word.",
         "",
         "| sharer+receiver | receiver gets | right answers | NLL | bytes | bits/value | first token |",
         "| --- | --- | --- | --- | --- | --- | --- |",

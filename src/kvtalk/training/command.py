@@ -185,7 +185,13 @@ def fuser(
     policy: Annotated[str, typer.Option(help="Token policy for that.")] = "value_norm",
     packing: Annotated[str, typer.Option(help="Codec of the saved matrices; bf16 for none.")] = "nf4:1x64",
     trained: Annotated[
-        Path | None, typer.Option("--from", help="Folder of an earlier run of this pair: start from its weights.")
+        Path | None,
+        typer.Option(
+            "--from",
+            help="Folder of an earlier run of this fuser: start from its weights, with gates as at inference and "
+            "matrices as the file holds them from the first step on. Give the same rows: what is kept back of others "
+            "may be what that run learned.",
+        ),
     ] = None,
     check_every: Annotated[int, typer.Option(min=1, help="Steps between validations and checkpoints.")] = 250,
     checks: Annotated[int, typer.Option(min=4, help="Kept-back rows of each kind to validate on.")] = 64,
@@ -211,6 +217,7 @@ def fuser(
     from kvtalk.training.loop import Schedule
     from kvtalk.training.predictor import fit_predictor
 
+    mixture = Mixture(rows=rows).shared(share or ())
     exchanges = Exchanges.load(data)
     reads, answers = _loaded(sharer, receiver)
     parties = (Party(reads.name, reads.spec.fingerprint), Party(answers.name, answers.spec.fingerprint))
@@ -237,9 +244,10 @@ def fuser(
     plan = None if codec is None and keep == 1 else f"{codec or 'bf16'} {policy}@{100 * keep:g}%"
     recipe = FuserRecipe(
         schedule=Schedule(steps=steps, rate=rate, optimizer=optimizer),
-        mixture=Mixture(rows=rows).shared(share or ()),
+        mixture=mixture,
         plan=plan,
         packing=pack,
+        settled=FuserRecipe.settled if trained is None else 1.0,
         seed=seed,
     )
     run = training(reads, answers, exchanges, geometry, recipe, out_folder, checks, patience, trained)
@@ -345,12 +353,12 @@ def lora_fuser(
     from kvtalk.training.loop import Schedule
     from kvtalk.training.lora import answering, rank_of
 
+    mixture = Mixture(rows=rows).shared(share or ())
     exchanges = Exchanges.load(data)
     with out.status("loading ..."):
         lm = LM.load(receiver, device=_device())
     schedule = Schedule(steps=steps, rate=rate, optimizer="adamw")
     size = rank_of(lm, _FUSER_PARAMETERS) if rank is None else rank
-    mixture = Mixture(rows=rows).shared(share or ())
     run = answering(lm, exchanges, size, schedule, out_folder, mixture, checks, seed)
     _save_lora(run, steps, check_every, f"--task arc_easy --receiver '{receiver}+{out_folder}' --arms receiver ...")
 

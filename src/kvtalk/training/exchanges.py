@@ -232,6 +232,8 @@ class Mixture:
                 known = ", ".join(found)
                 raise TrainingError(f"{text}: give a share as KIND=NUMBER, 0 or more; kinds are {known}")
             found[kind] = share
+        if not sum(found.values()) < math.inf:
+            raise TrainingError("the shares' sum is too large a number: only their proportions count")
         return replace(self, shares=tuple(found.items()))
 
     def check(self, exchanges: Exchanges) -> None:

@@ -1,4 +1,4 @@
-"""Our own: questions about invented passages, so that no model can know an answer without the passage."""
+"""Our own invented passages: questions whose answers no model can know without them, and sentences to complete."""
 
 from kvtalk.evaluation.data import Passage
 from kvtalk.evaluation.tasks.base import Task
@@ -22,5 +22,5 @@ GAPS = Task(
     comes_along=True,
     metrics=("contains", "f1", "em", "nll"),
 )
-"""Each about a short passage of its own: one of its sentences without a word, or its beginning, which is the form that
-the fusers that come along learned."""
+"""Each about a short passage of its own (three sentences): one of them without a word, mostly an ordinary one, or its
+beginning, which is the form that the fusers that come along learned. Some can be guessed without the passage."""
