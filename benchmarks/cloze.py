@@ -5,8 +5,8 @@
 Rows have ``id``, ``context``, ``question``, ``answers``. A context is a passage of the text, the question one of its
 sentences with a gap whose words stand nowhere else in that sentence, its beginning up to there, to be gone on with, or
 the sentence with *What* in the place of how it begins. Every other time a name or number is to be left out, and a
-sentence without any gives no question (with ``--names`` every time, and nothing is to be gone on with), else a word that
-is not among the most frequent. They teach to keep which word stood where, for which human questions are too few.
+sentence without any gives no question (with ``--names`` every time, and nothing is to be gone on with), else a word
+that is not among the most frequent. They teach to keep which word stood where, for which human questions are too few.
 """
 
 from __future__ import annotations
