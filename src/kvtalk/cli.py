@@ -22,8 +22,8 @@ from kvtalk.commands.models import app as models_app
 from kvtalk.commands.push import push
 from kvtalk.commands.report import report
 from kvtalk.commands.share import share
+from kvtalk.commands.train import app as train_app
 from kvtalk.errors import KVTalkError
-from kvtalk.training.command import app as train_app
 
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 """What typer raises for every misuse of options; the module it lives in differs between versions."""

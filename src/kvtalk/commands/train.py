@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from kvtalk.commands.console import loading, out
 
 if TYPE_CHECKING:
     from kvtalk.models import LM
     from kvtalk.training.loop import Loop
 
 app = typer.Typer(no_args_is_help=True, help="Fit adapters between two models.")
-out = Console()
 
 _FUSER_PARAMETERS = 27_000_000
 """A tenth of the official size for the bundled pair; 14 MB in NF4."""
@@ -320,7 +320,7 @@ def lora(
     from kvtalk.training.texts import Texts
 
     texts = Texts.load(data)
-    with out.status("loading ..."):
+    with loading():
         lm = LM.load(receiver, device=_device())
     schedule = Schedule(steps=steps, rate=rate, optimizer="adamw")
     recipe = Recipe(schedule, regression=0.0, tokens=tokens, questions=questions, longest=longest, seed=seed)
@@ -355,7 +355,7 @@ def lora_fuser(
 
     mixture = Mixture(rows=rows).shared(share or ())
     exchanges = Exchanges.load(data)
-    with out.status("loading ..."):
+    with loading():
         lm = LM.load(receiver, device=_device())
     schedule = Schedule(steps=steps, rate=rate, optimizer="adamw")
     size = rank_of(lm, _FUSER_PARAMETERS) if rank is None else rank
@@ -375,7 +375,7 @@ def _loaded(sharer: str, receiver: str) -> tuple[LM, LM]:
     """Both models on this process's device; a name given twice is loaded once."""
     from kvtalk.models import LM
 
-    with out.status("loading ..."):
+    with loading():
         device = _device()
         reads = LM.load(sharer, device=device)
         return reads, reads if receiver == sharer else LM.load(receiver, device=device)
