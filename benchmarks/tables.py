@@ -231,16 +231,14 @@ def shipped() -> Iterator[str]:
     """The fusers that come along: the sharer reads a text, the receiver a question about it; F1."""
     names = ("receiver", "text", "fused bf16", "wrong bf16", "zeroed bf16")
     yield from _fused_head("sharer+receiver, questions", names)
-    for title, place in (
-        ("gaps", "qat/parent/gaps"),
-        ("names and numbers", "shipped/names"),
-        ("SQuAD", "shipped/squad"),
+    for title, place, pairs in (
+        ("gaps", "qat/parent/gaps", FUSED_PAIRS),
+        ("names and numbers", "shipped/names", FUSED_PAIRS),
+        ("SQuAD", "shipped/squad", FUSED_PAIRS[:1]),
     ):
-        for pair in FUSED_PAIRS:
-            folder = FUSED / place / pair
-            if folder.exists():
-                read = rows_of(FUSED / "gaps" / "text" / pair.partition("+")[2]) if title == "gaps" else {}
-                yield _fused_row(f"{pair}, {title}", folder, "f1", names, read)
+        for pair in pairs:
+            read = rows_of(FUSED / "gaps" / "text" / pair.partition("+")[2]) if title == "gaps" else {}
+            yield _fused_row(f"{pair}, {title}", FUSED / place / pair, "f1", names, read)
 
 
 def thinned() -> Iterator[str]:
