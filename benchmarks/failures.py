@@ -36,8 +36,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
     parser.add_argument("data", type=Path)
-    parser.add_argument("--arms", default=",".join(ARMS), help="of the run")
-    parser.add_argument("--list", action="store_true", help="wrong answers where the text's is right")
+    parser.add_argument("--arms", default=",".join(ARMS), help="of the run; the first but the text is judged")
+    parser.add_argument(
+        "--list", action="store_true", help="wrong answers where the text's is right; needs the arm text"
+    )
     options = parser.parse_args()
     columns = options.arms.split(",")
     with gzip.open(options.data, "rt", encoding="utf-8") as file:
@@ -56,14 +58,15 @@ def main() -> None:
         print(f"| {kind} | {len(arms[columns[0]])} | {' | '.join(cells)} |")
     if "text" not in columns:
         return
-    wrong = [name for name in said if right[name]["cache bf16"] < 0.5]
+    judged = next(arm for arm in columns if arm != "text")
+    wrong = [name for name in said if right[name][judged] < 0.5]
     both = sum(right[name]["text"] < 0.5 for name in wrong)
     print(f"\nF1 below 0.5: {len(wrong)} of {len(said)}; in {both} of them the frozen receiver's own reading is too")
     if options.list:
         for name in wrong:
             if right[name]["text"] >= 0.5:
                 row = rows[name]
-                print(f"{row['question']} | {row['answers'][0]} | {said[name]['cache bf16']} | {said[name]['text']}")
+                print(f"{row['question']} | {row['answers'][0]} | {said[name][judged]} | {said[name]['text']}")
 
 
 if __name__ == "__main__":

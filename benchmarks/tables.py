@@ -86,6 +86,7 @@ CONTROLS = ("wrong bf16", "zeroed bf16", "self bf16")
 FUSED_PAIRS = PAIRS[::-1]
 FUSED_METRICS = {"likelihood": "acc_norm", "letter": "acc"}
 RESAMPLES = 2000
+ITEMS = "items.jsonl.gz"
 CHOICE_TASKS = ("openbookqa", "arc_challenge", "arc_easy", "mmlu_redux", "ceval")
 
 
@@ -243,14 +244,28 @@ def shipped() -> Iterator[str]:
 
 def thinned() -> Iterator[str]:
     """Gaps, by what crosses, for the fusers that come along and for those that went on with the packet in the loop."""
-    yield "| sharer+receiver | what crosses | bytes | F1 | gain | F1, packet in the loop | gain |"
-    yield "| --- " * 7 + "|"
+    yield "| sharer+receiver | what crosses | bytes | F1 | gain | F1, packet in the loop | gain | more gain | in nats |"
+    yield "| --- " * 9 + "|"
     for pair in FUSED_PAIRS:
-        both = [rows_of(FUSED / "qat" / way / "gaps" / pair) for way in ("parent", "trained")]
+        folders = [FUSED / "qat" / way / "gaps" / pair for way in ("parent", "trained")]
+        both, records = [rows_of(folder) for folder in folders], [_records(folder / ITEMS) for folder in folders]
         for name, row in both[0].items():
             if row["kind"] == "fused":
                 cells = [f"{figure('f1', rows[name]['f1'])} | {signed(rows[name]['gain'])}" for rows in both]
+                for metric, scale in (("f1", 100), ("nll", -1)):
+                    without, packed = (_gains(found, name, metric, scale) for found in records)
+                    more = bootstrap([packed[key] - value for key, value in without.items()])
+                    digits = 1 if metric == "f1" else 2
+                    cells.append(f"{more.mean:+.{digits}f} [{more.low:+.{digits}f}, {more.high:+.{digits}f}]")
                 yield f"| {pair} | {name.removeprefix('fused ')} | {row['bytes']:,} | {' | '.join(cells)} |"
+
+
+def _gains(records: dict[str, list[dict]], arm: str, metric: str, scale: float) -> dict[str, float]:
+    """Of each item, above the better of the controls of a fused arm; more is better."""
+    arms = [arm, *(arm.replace("fused", control, 1) for control in ("wrong", "zeroed"))]
+    ours, *controls = ({row["id"]: scale * row["scores"][metric] for row in records[name]} for name in arms)
+    best = max(controls, key=lambda scores: statistics.mean(scores.values()))
+    return {key: value - best[key] for key, value in ours.items()}
 
 
 def fused() -> Iterator[str]:
@@ -409,7 +424,7 @@ def _fused_row(
 def _fused_scores(pair: str, task: str, protocol: str) -> dict[str, list[float]]:
     """In percent, by arm, items in the same order; of a run that was cut off those that every arm answered."""
     file = _cut_file(pair, task, protocol)
-    whole = FUSED / task / protocol / pair / "items.jsonl.gz"
+    whole = FUSED / task / protocol / pair / ITEMS
     rows = _records(whole if whole.exists() else file)
     scores = {arm: {row["id"]: 100 * row["scores"][FUSED_METRICS[protocol]] for row in rows[arm]} for arm in CUT_ARMS}
     return {arm: [found[key] for key in scores["receiver"]] for arm, found in scores.items()}

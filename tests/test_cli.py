@@ -102,6 +102,7 @@ def fusers(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, other_fo
         assert made.returncode == 0, made.stderr
         assert f"--fuser {folder / name}" in made.stdout.replace("\n", "")
         refused(in_process("train", "fuser", *both, *sizes, *plan, "--rate", 1), "other settings", "recipe")
+        refused(in_process("train", "fuser", *both, *sizes, *plan, "--share", "mills=1"), "mills=1", "KIND=NUMBER")
     return folder / "between", folder / "own"
 
 
@@ -286,6 +287,21 @@ def test_several_sharers_have_a_fuser_and_a_budget_each(
     refused(in_process(*fused, "-b", "1KB", "-b", "1KB", "-b", "1KB"), "3 budgets for 2 sharers: give one for each, or")
     refused(in_process(*both, "-c", context), "need a --fuser for each sharer")
     refused(in_process("ask", *options, "-c", context, "-b", "1KB", "-b", "2KB"), "need a --fuser for each sharer")
+
+
+def test_a_fuser_goes_on_from_another_run_with_other_rows_and_a_packet(
+    fusers: tuple[Path, Path], tiny_folder: Path, other_folder: Path, tmp_path: Path
+) -> None:
+    both = ("-s", other_folder, "-r", tiny_folder, "--data", fusers[0].parent / "rows.jsonl", "--out", tmp_path)
+    sizes = ("--steps", 10, "--rows", 4, "--hidden", 64, "--check-every", 5, "--codec", "int8", "--share", "oracle=5")
+    made = in_process("train", "fuser", *both, *sizes, "--from", fusers[0])
+    assert made.returncode == 0, made.stderr
+    lines = [
+        [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()] for run in (fusers[0], tmp_path)
+    ]
+    assert lines[1][0]["oracle"] == pytest.approx(lines[0][-1]["oracle"], abs=0.05)  # what it ended with
+    assert lines[1][-1]["gates open"] == lines[1][0]["gates open"] == lines[0][-1]["gates open"]
+    refused(in_process("train", "fuser", *both, *sizes, "--from", tmp_path / "none"), "holds no checkpoint")
 
 
 def test_a_trained_fuser_is_evaluated_with_its_controls(

@@ -15,7 +15,7 @@ import torch
 from conftest import tiny_lm
 from kvtalk import Link, Plan
 from kvtalk.errors import AdapterError, InputError, KVTalkError
-from kvtalk.evaluation import folder, report, timing
+from kvtalk.evaluation import folder, protocols, report, timing
 from kvtalk.evaluation.arms import KINDS, Arm, make_arms
 from kvtalk.evaluation.batch import Batch, Settings
 from kvtalk.evaluation.curve import DEFAULT_PLANS, controlled, grid, normalized, pareto
@@ -378,6 +378,21 @@ def test_letters_and_likelihoods_of_options(tmp_path: Path) -> None:
             logits = lm.logits([prompt + ids], lm.place([[]], head=False))[0].log_softmax(-1)
             wanted = sum(float(logits[len(prompt) - 1 + step, token]) for step, token in enumerate(ids))
             assert found == pytest.approx(wanted, abs=1e-3)
+
+
+def test_options_are_compared_alike_however_few_are_taken_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    protocol = protocol_for(task_named("arc_easy"), "likelihood")
+    found = []
+    for name, limit in (("whole", None), ("parts", 1)):
+        if limit is not None:
+            monkeypatch.setattr(protocols, "_LOGITS", limit)
+            monkeypatch.setattr(protocols, "_WIDENED", limit)
+        run(link(), protocol, choices(), make_arms(["receiver"]), tmp_path / name, SETTINGS)
+        found.append({record.id: record.likelihoods for record in read_records(tmp_path / name)})
+    for key, likelihoods in found[0].items():
+        assert found[1][key] == pytest.approx(likelihoods, abs=1e-4)
 
 
 def test_plans_of_a_curve() -> None:

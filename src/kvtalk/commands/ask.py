@@ -149,7 +149,10 @@ def _fused(
     alone = Receiver(fusion.receiver.lm)
     sent: dict[str, Any] = {"budget": budgets if len(budgets) > 1 else budgets[0] if budgets else None, "plan": plan}
     sampling(0, seed)
-    rows = {"fused": fusion.ask(question, text, private=private, **sent, **options)}
+    made = fusion.ask(question, text, private=private, **sent, **options)
+    rows = {"fused": made}
+    if not made.plans:  # of one sharer: what another text is sent by, too
+        sent = {"plan": made.plan}
     sampling(0, seed)
     rows["receiver alone"] = alone.answer_text(None if private else text, question, **options)
     if compare and private and text is not None:
