@@ -27,10 +27,11 @@ from torch import Tensor, nn
 from kvtalk.adapters.enriched import Addition, enriched
 from kvtalk.adapters.fuser import Fuser, FuserGeometry, Shape, narrowed
 from kvtalk.adapters.pairs import Pairs
-from kvtalk.adapters.slots import Slots, computed, own_vectors, read_of, slots_at_once, taken
+from kvtalk.adapters.slots import Network
 from kvtalk.adapters.store import is_matrix
 from kvtalk.alignment.layers import layer_map
 from kvtalk.cache import KVCache, LayerCache
+from kvtalk.device import sent
 from kvtalk.rope import Rope
 from kvtalk.spec import Fingerprint, LayerSpec, ModelSpec
 
@@ -93,16 +94,15 @@ def cache_of(shape: Shape, tokens: int, dtype: torch.dtype, device: str) -> KVCa
     return KVCache(tuple(LayerCache(*both, positions) for both in made), (tokens,))
 
 
-def stacked(
-    parts: list[Fuser], slots: Slots, sharer: KVCache, own: KVCache, pairs: Pairs
-) -> list[tuple[Tensor, Tensor]]:
+def stacked(fuser: Fuser, network: Network, sharer: KVCache, own: KVCache, pairs: Pairs) -> list[tuple[Tensor, Tensor]]:
     """What the receiver's side does once a packet is decoded."""
-    pairs = pairs.to(own.layers[0].keys.device)
-    read, angles = read_of(parts[0].geometry, slots.which), slots.angles(pairs.ours)
-    vectors = taken(sharer.layers, read, slots.places, pairs.rows, pairs.theirs)
-    added = slots.turned(computed(parts, vectors, own_vectors(own, pairs, slots, angles)), angles)
+    slots = fuser.slots
+    there = sent(pairs.theirs.expand(len(slots), -1), own.layers[0].keys.device)
+    pairs = pairs.to(there.device)
+    owners = torch.arange(len(pairs.rows), device=there.device)
+    added = network.added(sharer.layers, pairs.rows, there, owners, own, pairs)
     layers = [(layer.keys, layer.values) for layer in own.layers]
-    return enriched(layers, Addition(pairs, slots.which, added, parts[0].geometry.last))
+    return enriched(layers, Addition(pairs, slots, added, fuser.geometry.last))
 
 
 def by_layer(slots: nn.ModuleList, sharer: KVCache, own: KVCache) -> list[tuple[Tensor, Tensor]]:
@@ -115,11 +115,11 @@ def by_layer(slots: nn.ModuleList, sharer: KVCache, own: KVCache) -> list[tuple[
     return made
 
 
-def prepared(fuser: Fuser, dtype: torch.dtype, device: str) -> list[Fuser]:
+def prepared(fuser: Fuser, dtype: torch.dtype, device: str) -> Fuser:
     for parameter in fuser.parameters():
         if is_matrix(parameter):
             parameter.data = parameter.data.to(dtype)
-    return fuser.to(device).eval().opened().typed().split(slots_at_once(device, fuser))
+    return fuser.to(device).eval().opened().typed()
 
 
 @torch.no_grad()
@@ -137,11 +137,11 @@ def measured(dtype: torch.dtype, device: str, tokens: int, rounds: int) -> dict[
     sharer, own = (cache_of(shape, tokens, dtype, device) for shape in (SHARER, RECEIVER))
     spec, every = spec_of(RECEIVER, dtype), torch.arange(tokens)
     pairs = Pairs(torch.zeros_like(every), every, every)
-    after, before = (Slots(range(2 * RECEIVER.layers), spec, rope, device) for rope in ("after", "before"))
+    wide, narrow = (Network(fuser, spec, torch.device(device)) for fuser in (large, small))
     ways: dict[str, Callable[[], list[tuple[Tensor, Tensor]]]] = {
         "layers": lambda: by_layer(slots, sharer, own),
-        "stacked": lambda: stacked(large, after, sharer, own, pairs),
-        "ours": lambda: stacked(small, before, sharer, own, pairs),
+        "stacked": lambda: stacked(large, wide, sharer, own, pairs),
+        "ours": lambda: stacked(small, narrow, sharer, own, pairs),
     }
     differences = [
         float((one - other).abs().max())
@@ -159,8 +159,8 @@ def measured(dtype: torch.dtype, device: str, tokens: int, rounds: int) -> dict[
         "dtype": str(dtype).removeprefix("torch."),
         "tokens": tokens,
         "rounds": rounds,
-        "hidden": {"layers": PUBLISHED.hidden, "stacked": PUBLISHED.hidden, "ours": small[0].geometry.hidden},
-        "parameters": {"layers": count(slots), "stacked": sum(map(count, large)), "ours": sum(map(count, small))},
+        "hidden": {"layers": PUBLISHED.hidden, "stacked": PUBLISHED.hidden, "ours": small.geometry.hidden},
+        "parameters": {"layers": count(slots), "stacked": count(large), "ours": count(small)},
         "largest_difference_layers_stacked": max(differences),
         **{f"{name}_ms": round(1000 * statistics.median(seconds[name]), 2) for name in WAYS},
         "layers_over_ours": ratio(seconds["layers"], seconds["ours"]),

@@ -10,14 +10,12 @@ from torch import Tensor
 
 from kvtalk.adapters.earlier import Earlier, read_on
 from kvtalk.adapters.pairs import Pairs
-from kvtalk.adapters.slots import Slots, own_vectors
 from kvtalk.alignment.readings import readings
 from kvtalk.cache import PADDING, KVCache
 from kvtalk.device import sent
 from kvtalk.errors import InputError
 from kvtalk.models import LM
 from kvtalk.placement import PlacedCache, PlacedLayer
-from kvtalk.rope import Angles
 from kvtalk.shared_prompts import Prompt
 
 
@@ -69,10 +67,6 @@ class Own:
     def last(self) -> list[list[int]]:
         """The last token of each prompt, with which the receiver goes on."""
         return [one.ids[-1:] for one in self.read]
-
-    def vectors(self, pairs: Pairs, slots: Slots, angles: Sequence[Angles]) -> Tensor:
-        """See :func:`kvtalk.adapters.slots.own_vectors`."""
-        return own_vectors(self.cache, pairs, slots, angles)
 
     def placed(self, additions: Sequence[Addition]) -> PlacedCache:
         """The cache with what sharers add, ready for the last token."""

@@ -16,7 +16,7 @@ from kvtalk.adapters.fuser import Fuser, FuserGeometry
 from kvtalk.adapters.halves import beside, tokenizer_of
 from kvtalk.adapters.pairs import Pairs, enriched_of, paired
 from kvtalk.adapters.predictor import Predictor
-from kvtalk.adapters.slots import Slots, averaged, bare_layers, computed, read_of, slots_at_once, taken
+from kvtalk.adapters.slots import Network, bare_layers, read_of
 from kvtalk.adapters.store import Card, load_fuser, load_predictor, open_slots, read_card
 from kvtalk.alignment.readings import readings
 from kvtalk.alignment.tokens import aligned, tokenize
@@ -168,8 +168,7 @@ class ReceiverSide:
         self.card, self.lm, self.tokenizer = card, lm, tokenizer
         self.geometry = geometry_of(card)
         self.fuser = beside(fuser.opened(), lm).typed()
-        self._parts = self.fuser.split(slots_at_once(lm.device.type, self.fuser))
-        self._slots = Slots(self.fuser.slots, lm.spec, self.geometry.rope, lm.device)
+        self._network = Network(self.fuser, lm.spec, lm.device)
         self.spec = wire_spec(card, self.fuser.slots, replace(lm.spec, fingerprint=card.sharer.fingerprint))
 
     def additions(self, own: Own, prompts: Sequence[Prompt], prefixes: Sequence[Prefix]) -> list[Addition]:
@@ -213,12 +212,8 @@ class ReceiverSide:
         there = sent(torch.stack([columns[layer] for layer, _ in slots]), self.lm.device)
         once, owners = pairs.once()
         once, rows, owners = once.to(self.lm.device), *sent(torch.stack([pairs.rows, owners]), self.lm.device)
-        vectors = taken(received.layers, slots, self._slots.places, rows, there.clamp(min=0))
-        vectors, missing = averaged(vectors, there < 0, owners, len(once.rows))
-        angles = self._slots.angles(once.ours)
-        added = computed(self._parts, vectors, own.vectors(once, self._slots, angles))
-        added = self._slots.turned(added.masked_fill(missing[:, :, None], 0), angles)
-        return [Addition(once, self._slots.which, added, self.geometry.last)]
+        added = self._network.added(received.layers, rows, there, owners, own.cache, once)
+        return [Addition(once, self.fuser.slots, added, self.geometry.last)]
 
 
 def geometry_of(card: Card) -> FuserGeometry:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kvtalk.adapters.fuser import Fuser, FuserGeometry
+from kvtalk.adapters.graphs import Graphed
 from kvtalk.adapters.pairs import Pairs
 from kvtalk.cache import KVCache, LayerCache
 from kvtalk.device import sent
@@ -138,10 +140,54 @@ def averaged(vectors: Tensor, missing: Tensor, owners: Tensor, count: int) -> tu
     return (sums / counts.clamp(min=1)).to(vectors.dtype), counts[:, :, 0] == 0
 
 
-def computed(parts: Sequence[Fuser], sharer: Tensor, receiver: Tensor) -> Tensor:
-    """What a fuser that may be split by slots adds; see :meth:`kvtalk.adapters.fuser.Fuser.forward`."""
-    if len(parts) == 1:
-        return torch.as_tensor(parts[0](sharer, receiver))
+class Network:
+    """A fuser at the receiver: what its slots add to some tokens, as a CUDA graph where there is a GPU."""
+
+    def __init__(self, fuser: Fuser, spec: ModelSpec, device: torch.device) -> None:
+        """Put a fuser to work; its weights stay where they are.
+
+        Args:
+            fuser: with its open slots alone, on the device.
+            spec: of the receiver.
+            device: of the receiver.
+        """
+        self.slots = Slots(fuser.slots, spec, fuser.geometry.rope, device)
+        self._lent, self._own = read_of(fuser.geometry, fuser.slots), [divmod(slot, 2) for slot in fuser.slots]
+        parts = fuser.split(slots_at_once(device.type, fuser))
+        weights = [tensor for part in parts for tensor in (*part.parameters(), *part.buffers())]
+        self._added = Graphed(partial(_added, parts, self.slots), weights)
+
+    def added(
+        self, lent: Sequence[LayerCache], rows: Tensor, columns: Tensor, owners: Tensor, own: KVCache, pairs: Pairs
+    ) -> Tensor:
+        """What is to be added to tokens of the receiver's cache, all on its device.
+
+        Args:
+            lent: the sharer's layers.
+            rows: of each of its tokens, ``[entries]``.
+            columns: of each in every slot's layer, ``[slots, entries]``; −1 where it was not sent.
+            owners: number of each one's receiver token, ``[entries]``, never decreasing.
+            own: the receiver's cache from position 0 on.
+            pairs: which of its tokens, each once.
+
+        Returns:
+            ``[slots, tokens, width]``, keys rotated as the receiver holds them; zeros where nothing was sent.
+        """
+        places = self.slots.places
+        theirs = taken(lent, self._lent, places, rows, columns.clamp(min=0))
+        theirs, missing = averaged(theirs, columns < 0, owners, len(pairs.rows))
+        ours = taken(own.layers, self._own, places, pairs.rows, pairs.ours)
+        return self._added(theirs, ours, missing, pairs.ours[None])
+
+
+def _added(
+    parts: Sequence[Fuser], slots: Slots, sharer: Tensor, receiver: Tensor, missing: Tensor, positions: Tensor
+) -> Tensor:
+    """All of it that goes token by token; the receiver's keys come rotated and are written over."""
+    angles = slots.angles(positions[0])
+    receiver = slots.turned(receiver, angles, inverse=True)
     sizes = [len(part.slots) for part in parts]
     both = zip(parts, torch.split(sharer, sizes), torch.split(receiver, sizes), strict=True)
-    return torch.cat([part(theirs, ours) for part, theirs, ours in both])
+    added = [part(theirs, ours) for part, theirs, ours in both]
+    whole = added[0] if len(added) == 1 else torch.cat(added)
+    return slots.turned(whole.masked_fill(missing[:, :, None], 0), angles)
