@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from kvtalk import bundled
+from kvtalk.adapters.graphs import Graphed
 from kvtalk.adapters.store import Card, Part, is_matrix, load_decoder, load_encoder, read_card
 from kvtalk.adapters.translator import Decoder, Encoder, Geometry, last_tokens, latent_count, pair
 from kvtalk.adapters.vectors import from_vectors, lead, to_vectors
@@ -110,6 +112,8 @@ class ReceiverHalf:
         card.check("receiver", lm.spec)
         self.card, self.lm = card, lm
         self.decoder, self.pool = beside(decoder, lm), _sizes(card).pool
+        weights = (*self.decoder.parameters(), *self.decoder.buffers())
+        self._graphed = Graphed(partial(_vectors, self.decoder, lm.spec.dtype), weights)
         self.spec = _latent_spec(card, replace(lm.spec, fingerprint=card.sharer.fingerprint), None)
 
     @torch.inference_mode()
@@ -129,7 +133,8 @@ class ReceiverHalf:
             rows = [row for row, (latents, _) in enumerate(found) if latents.shape[2] == width]
             counts = torch.tensor([found[row][0].shape[1] for row in rows])
             padded = torch.nn.utils.rnn.pad_sequence([found[row][0][0] for row in rows], batch_first=True)
-            vectors = self.decoder(padded).to(self.lm.spec.dtype)
+            # A single sequence waits for launches, several for kernels.
+            vectors = self._graphed(padded) if len(rows) == 1 else _vectors(self.decoder, self.lm.spec.dtype, padded)
             if not bool(torch.isfinite(vectors).all()):
                 raise PacketError("keys", "latents that decode to NaN or infinity")
             for row, cache in zip(rows, from_vectors(vectors, counts, self.lm.spec).rows(), strict=True):
@@ -197,6 +202,10 @@ def beside(part: Part, lm: LM) -> Part:
         if is_matrix(parameter):
             parameter.data = parameter.data.to(lm.spec.dtype)
     return part.to(lm.device).eval()
+
+
+def _vectors(decoder: Decoder, dtype: torch.dtype, latents: Tensor) -> Tensor:
+    return torch.as_tensor(decoder(latents)).to(dtype)
 
 
 def _sizes(card: Card) -> Geometry:
