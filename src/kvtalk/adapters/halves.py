@@ -131,13 +131,14 @@ class ReceiverHalf:
         made: list[Prefix | None] = [None] * len(found)
         for width in {latents.shape[2] for latents, _ in found}:
             rows = [row for row, (latents, _) in enumerate(found) if latents.shape[2] == width]
-            counts = torch.tensor([found[row][0].shape[1] for row in rows])
             padded = torch.nn.utils.rnn.pad_sequence([found[row][0][0] for row in rows], batch_first=True)
             # A single sequence waits for launches, several for kernels.
             vectors = self._graphed(padded) if len(rows) == 1 else _vectors(self.decoder, self.lm.spec.dtype, padded)
             if not bool(torch.isfinite(vectors).all()):
                 raise PacketError("keys", "latents that decode to NaN or infinity")
-            for row, cache in zip(rows, from_vectors(vectors, counts, self.lm.spec).rows(), strict=True):
+            for number, row in enumerate(rows):
+                count = found[row][0].shape[1]
+                cache = from_vectors(vectors[number, None, :count], torch.tensor([count]), self.lm.spec)
                 made[row] = _at(cache, found[row][1], prefixes[row])
         return [prefix for prefix in made if prefix is not None]
 
