@@ -7,9 +7,10 @@ from io import BytesIO
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
 
-from conftest import ARCHITECTURES, WINDOW, tiny_config, tiny_lm
+from conftest import ARCHITECTURES, WINDOW, bare_spec, random_cache, tiny_config, tiny_lm
 from kvtalk import packet as wire
 from kvtalk.cache import KVCache, Prefix
 from kvtalk.models import LM
@@ -282,3 +283,35 @@ def test_a_multimodal_gemma_answers_from_a_cache() -> None:
     cache = lm.prefill([context]).attendable(lm.spec)
     logits = lm.logits([prompt], lm.place([[Prefix.of(cache)]], head=False))[0]
     assert (logits - native_logits(lm, context + prompt, len(prompt))).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("gaps", [True, False])
+@pytest.mark.parametrize("rotated", [True, False])
+@each_architecture
+def test_keys_turned_at_once_are_those_turned_layer_by_layer(arch, rotated, gaps):
+    lm = tiny_lm(arch)
+    cache, _ = lm.read_whole([lm.encode(TEXT)])
+    cache = (cache if rotated else cache.unrotated(lm.spec)).take([torch.arange(0, cache.length[0], 3)] * 4)
+    positions = cache.layers[0].positions
+    layers = tuple(replace(layer, positions=positions) for layer in cache.layers)
+    one_by_one = (layer for layer in layers)
+    both = [Prefix(held, 0, cache.length[0], positions.shape[1], rotated) for held in (layers, one_by_one)]
+    at_once, single = (place(lm.spec, lm.prefill([[1, 5, 7]]), [[prefix]], gaps=gaps) for prefix in both)
+    for got, expected in zip(at_once.layers, single.layers, strict=True):
+        assert torch.equal(got.keys, expected.keys)
+        assert torch.equal(got.values, expected.values)
+    assert torch.equal(at_once.next_positions, single.next_positions)
+
+
+def test_more_layers_are_turned_by_no_more_operators():
+    spec = bare_spec(layers=8)
+
+    def turns(layers: int) -> int:
+        cut = replace(spec, layers=spec.layers[:layers])
+        cache = replace(random_cache(replace(spec, layers=(spec.layers[1],) * layers), 9), rotated=False)
+        held = tuple(replace(layer, positions=cache.layers[0].positions) for layer in cache.layers)
+        with profile(activities=[ProfilerActivity.CPU]) as seen:
+            place(cut, None, [[Prefix(held, 0, 9, 9, rotated=False)]])
+        return sum(event.name == "aten::addcmul" for event in seen.events())
+
+    assert turns(8) == turns(2) == 2

@@ -10,11 +10,11 @@ windows and padding are then just cases of that mask.)
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass
-from itertools import groupby
+from dataclasses import dataclass, replace
+from itertools import accumulate, groupby
 from typing import Any
 
 import torch
@@ -25,10 +25,12 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from kvtalk.cache import PADDING, KVCache, LayerCache, LayerSource, Prefix
 from kvtalk.device import sent
 from kvtalk.errors import CacheError, ModelError
-from kvtalk.rope import AngleTable, rotate
+from kvtalk.rope import AngleTable, rotate, rotate_layers
 from kvtalk.spec import LayerSpec, ModelSpec
 
 _GROWTH = 256
+_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 26}
+"""Values of all layers' keys that are turned in one go at most: it takes a second copy of them."""
 
 
 class PlacedLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -236,22 +238,26 @@ def place(
     """
     if head is not None and (head.batch != 1 or not head.rotated):
         raise CacheError("the head must be one sequence with rotated keys")
-    streams = [[iter(prefix.layers) for prefix in row] for row in contexts]
+    start = 0 if head is None else head.length[0]
+    begins = [list(accumulate((one.extent(gaps) for one in row), initial=start)) for row in contexts]
+    streams = [
+        [_parts(prefix, begin, gaps, spec, device) for prefix, begin in zip(row, starts, strict=False)]
+        for row, starts in zip(contexts, begins, strict=True)
+    ]
     table = AngleTable(device)
-    layers, tracks = [], []
+    layers: list[PlacedLayer] = []
+    tracks: list[Tensor] = []
+    before: list[list[Tensor]] = []
     for index, shape in enumerate(spec.layers):
-        own = None if head is None else head.layers[index]
-        rows = [
-            _row_parts(index, own, head, row, prefixes, streams_of_row, gaps)
-            for row, (prefixes, streams_of_row) in enumerate(zip(contexts, streams, strict=True))
-        ]
-        layer, positions = _fill(index, shape, rows, room, spec.dtype, table)
-        layers.append(layer)
-        tracks.append(positions)
+        own = [] if head is None else [_Part(head.layers[index], head.layers[index].positions, None)]
+        rows = [own + _next(index, row, streams_of_row) for row, streams_of_row in enumerate(streams)]
+        layers.append(_fill(index, shape, rows, room, spec.dtype, table))
+        standing = [[part.positions for part in row] for row in rows]
+        tracks.append(tracks[-1] if tracks and _are_same(standing, before) else _track(standing))
+        before = standing
     if any(next(stream, None) is not None for row in streams for stream in row):
         raise CacheError(f"a received cache has more than the receiver's {len(spec.layers)} layers")
-    start = 0 if head is None else head.length[0]
-    ends = [start + sum(prefix.extent(gaps) for prefix in row) for row in contexts]
+    ends = [starts[-1] for starts in begins]
     return PlacedCache(layers, tracks, torch.tensor(ends, device=device), spec)
 
 
@@ -315,30 +321,69 @@ class _Part:
         return self.positions.shape[1]
 
 
-def _row_parts(
-    index: int,
-    own: LayerCache | None,
-    head: KVCache | None,
-    row: int,
-    prefixes: Sequence[Prefix],
-    streams: Sequence[Iterator[LayerSource]],
-    gaps: bool,
-) -> list[_Part]:
-    parts = [] if own is None else [_Part(own, own.positions, None)]
-    begin = 0 if head is None else head.length[0]
-    for prefix, stream in zip(prefixes, streams, strict=True):
-        layer = next(stream, None)
-        if layer is None:
-            raise CacheError(f"the cache for row {row} ends before layer {index}: sharer and receiver differ in depth")
-        end = begin + prefix.extent(gaps)
-        if gaps:
-            positions = layer.positions - prefix.start + begin
+def _parts(prefix: Prefix, begin: int, gaps: bool, spec: ModelSpec, device: torch.device | str) -> Iterator[_Part]:
+    """The layers of a prefix, read one by one, with where their tokens come to stand from ``begin`` on."""
+    layers = prefix.layers
+    at_once = _at_once(layers, spec, torch.device(device))
+    before: Tensor | None = None
+    for index, layer in enumerate(layers):
+        if layer.positions is not before:  # else they stand where those of the layer before do
+            before = layer.positions
+            if gaps:
+                positions = before - prefix.start + begin
+            else:
+                end = begin + prefix.extent(gaps)
+                positions = torch.arange(end - before.shape[1], end)[None]
+            moved = positions - before if prefix.rotated else positions
+            turn = moved if bool(moved.any()) else None
+            if at_once is not None and turn is not None:
+                ropes = [shape.rope for shape in spec.layers]
+                at_once = rotate_layers(at_once, ropes, sent(turn, at_once[0].device))
+        if at_once is not None:
+            assert isinstance(layer, LayerCache)
+            yield _Part(replace(layer, keys=at_once[index]), positions, None)
         else:
-            positions = torch.arange(end - layer.positions.shape[1], end)[None]
-        turn = positions - layer.positions if prefix.rotated else positions
-        parts.append(_Part(layer, positions, turn if bool(turn.any()) else None))
-        begin = end
+            yield _Part(layer, positions, turn)
+
+
+def _at_once(layers: Iterable[LayerSource], spec: ModelSpec, device: torch.device) -> list[Tensor] | None:
+    """The keys of a cache in memory whose layers can all be turned in one go, else None.
+
+    They hold tokens of the same positions, and are not so many that a second copy costs more than it saves.
+    """
+    if not isinstance(layers, tuple) or len(layers) != len(spec.layers):
+        return None
+    for layer, shape in zip(layers, spec.layers, strict=True):
+        if not isinstance(layer, LayerCache) or layer.positions is not layers[0].positions:
+            return None
+        if layer.shape != (shape.kv_heads, shape.head_dim) or layer.keys.dtype != spec.dtype:
+            return None
+        if layer.keys.device.type != device.type:
+            return None
+    keys = [layer.keys for layer in layers]
+    return keys if sum(one.numel() for one in keys) <= _AT_ONCE.get(device.type, 0) else None
+
+
+def _next(index: int, row: int, streams: Sequence[Iterator[_Part]]) -> list[_Part]:
+    parts = [part for part in (next(stream, None) for stream in streams) if part is not None]
+    if len(parts) < len(streams):
+        raise CacheError(f"the cache for row {row} ends before layer {index}: sharer and receiver differ in depth")
     return parts
+
+
+def _are_same(standing: Sequence[Sequence[Tensor]], others: Sequence[Sequence[Tensor]]) -> bool:
+    """Whether the positions of two layers, of the same rows and parts, are the same tensors."""
+    both = zip(standing, others, strict=True)
+    return all(one is other for row in both for one, other in zip(*row, strict=True))
+
+
+def _track(standing: Sequence[Sequence[Tensor]]) -> Tensor:
+    """Positions of a layer, ``[rows, columns]``, right-padded, from those of each row's parts, ``[1, tokens]``."""
+    joined = [torch.cat(list(row), dim=1)[0] if row else torch.empty(0, dtype=torch.long) for row in standing]
+    track = torch.full((len(joined), max(map(len, joined), default=0)), PADDING)
+    for positions, one in zip(track, joined, strict=True):
+        positions[: len(one)] = one
+    return track
 
 
 def _fill(
@@ -348,13 +393,12 @@ def _fill(
     room: int,
     dtype: torch.dtype,
     table: AngleTable,
-) -> tuple[PlacedLayer, Tensor]:
-    used = max((sum(part.tokens for part in row) for row in rows), default=0)
+) -> PlacedLayer:
+    ends = [sum(part.tokens for part in row) for row in rows]
+    used = max(ends, default=0)
     full = (len(rows), shape.kv_heads, used + room, shape.head_dim)
     keys = torch.empty(full, dtype=dtype, device=table.device)
     values = torch.empty(full, dtype=dtype, device=table.device)
-    positions = torch.full((len(rows), used), PADDING, dtype=torch.long)
-    ends = [0] * len(rows)
     for row, column, parts in _runs(rows):
         source = parts[0].source
         if source.shape != (shape.kv_heads, shape.head_dim):
@@ -364,21 +408,18 @@ def _fill(
             )
         if len(parts) > 1:
             source = source.stacked([part.source for part in parts[1:]])
-        turns = _turns(parts)
-        where = (slice(row, row + len(parts)), slice(None), slice(column, column + turns.shape[1]))
-        source.keys_into(keys[where])
-        if bool(turns.any()) and shape.rope is not None:
-            rotate(keys[where], table.angles(shape.rope, turns), out=keys[where])
-        source.values_into(values[where])
-        for number, part in enumerate(parts, row):
-            positions[number, column : column + part.tokens] = part.positions[0]
-            ends[number] = column + part.tokens
+        stop = column + max(part.tokens for part in parts)
+        there = keys[row : row + len(parts), :, column:stop]
+        source.keys_into(there)
+        if shape.rope is not None and any(part.turn is not None for part in parts):
+            rotate(there, table.angles(shape.rope, _turns(parts)), out=there)
+        source.values_into(values[row : row + len(parts), :, column:stop])
     if min(ends, default=used) < used:
         # Padding is masked, but a masked NaN left over in memory would still spoil the weighted sum.
         beyond = torch.arange(used, device=table.device) >= torch.tensor(ends, device=table.device)[:, None]
         for tensor in (keys, values):
             tensor[:, :, :used].masked_fill_(beyond[:, None, :, None], 0)
-    return PlacedLayer(keys, values, used), positions
+    return PlacedLayer(keys, values, used)
 
 
 def _runs(rows: Sequence[Sequence[_Part]]) -> Iterator[tuple[int, int, list[_Part]]]:
