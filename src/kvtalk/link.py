@@ -290,8 +290,9 @@ class Receiver:
             received = self.prefix(blob)
         decoding = _Stopwatch(self.lm, opening())
         with _timed(self.lm) as both:
-            watched = replace(received, layers=(_Watched(layer, decoding) for layer in received.layers))
-            placed = self.lm.place([[watched]], room=len(prompt) + max_new_tokens, gaps=gaps)
+            if self.half is None:  # else nothing is packed any more
+                received = replace(received, layers=(_Watched(layer, decoding) for layer in received.layers))
+            placed = self.lm.place([[received]], room=len(prompt) + max_new_tokens, gaps=gaps)
         decode, place = decoding.seconds, opening() + both() - decoding.seconds
         made = self.lm.generate([prompt], placed, max_new_tokens=max_new_tokens, streamer=streamer, **options)[0]
         tokens = received.length - received.start
