@@ -97,7 +97,7 @@ def cache_of(shape: Shape, tokens: int, dtype: torch.dtype, device: str) -> KVCa
 def stacked(fuser: Fuser, network: Network, sharer: KVCache, own: KVCache, pairs: Pairs) -> list[tuple[Tensor, Tensor]]:
     """What the receiver's side does once a packet is decoded."""
     slots = fuser.slots
-    there = sent(pairs.theirs.expand(len(slots), -1), own.layers[0].keys.device)
+    there = sent(pairs.theirs.repeat(len(slots), 1), own.layers[0].keys.device)
     pairs = pairs.to(there.device)
     owners = torch.arange(len(pairs.rows), device=there.device)
     added = network.added(sharer.layers, pairs.rows, there, owners, own, pairs)
