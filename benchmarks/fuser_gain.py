@@ -1,6 +1,6 @@
 """What a sharer adds to the answers that a receiver is taught, in nats, above what stands in its place.
 
-    python benchmarks/fuser_gain.py FUSER [SELF] --data ... --rows 200 --out results/fuser/gain.json
+    python benchmarks/fuser_gain.py FUSER [SELF] --data ... --rows 200 --out gain.json
 
 Of rows that neither fuser was trained on: mean cross-entropy of the answer's tokens (of multiple choice: of the right
 option among all, and the share of right ones in percent) with the right cache, a wrong and a zeroed one, none, and with
@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--receiver", default="smollm2-135m")
     parser.add_argument("--data", nargs="+", required=True)
     parser.add_argument("--rows", type=int, default=200)
-    parser.add_argument("--out", type=Path, default=Path("results/fuser/gain.json"))
+    parser.add_argument("--out", type=Path, default=Path("gain.json"))
     args = parser.parse_args()
     receiver, sharer = LM.load(args.receiver), LM.load(args.sharer)
     asked = Exchanges.load(args.data)

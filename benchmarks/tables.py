@@ -49,6 +49,13 @@ ACROSS = {
 PAIRS = ("smollm2-135m+gemma3-270m", "gemma3-270m+smollm2-135m")
 SELF = RESULTS / "translator" / "self"
 """Translators of a receiver as its own sharer, trained alike."""
+SLOTS, POOLS = RESULTS / "translator" / "slots", (1, 2, 4)
+SPACE = {
+    "gemma3-270m+gemma3-270m": "the encoder, to the shipped decoder",
+    "smollm2-135m+gemma3-270m.lora": "the decoder, to the shipped encoder",
+    "gemma3-270m+gemma3-270m.lora": "never together: both joined",
+}
+"""Pairs of three models, and what of their adapters was trained to what."""
 
 TABLES = (
     "squad",
@@ -63,31 +70,39 @@ TABLES = (
     "lora",
     "latents",
     "text",
+    "pooled",
+    "joined",
     "decoding",
     "shipped",
     "thinned",
     "fused",
     "cut",
     "five",
+    "accuracy",
+    "controlled",
     "oracle",
     "gaps",
     "policies",
     "known",
     "sent",
     "taught",
-    "worth",
     "fusing",
     "waiting",
 )
 FUSED = RESULTS / "fuser"
 FUSED_ARMS = ("receiver", "sharer", "relay", "routing", "fused bf16", "wrong bf16", "zeroed bf16", "self bf16")
-CUT_ARMS = tuple(name for name in FUSED_ARMS if name != "routing")
+LORA = "LoRA"
+SET_ARMS = (*FUSED_ARMS[:4], LORA, *FUSED_ARMS[4:])
+"""Of the multiple-choice sets; a LoRA of a fuser's size has no sharer."""
+CUT_ARMS = tuple(name for name in SET_ARMS if name not in ("routing", "self bf16"))
+"""Of runs that ended early."""
 CONTROLS = ("wrong bf16", "zeroed bf16", "self bf16")
 FUSED_PAIRS = PAIRS[::-1]
 FUSED_METRICS = {"likelihood": "acc_norm", "letter": "acc"}
 RESAMPLES = 2000
 ITEMS = "items.jsonl.gz"
 CHOICE_TASKS = ("openbookqa", "arc_challenge", "arc_easy", "mmlu_redux", "ceval")
+CURVED = CHOICE_TASKS[:2]
 
 
 def rows_of(folder: Path) -> dict[str, dict]:
@@ -235,7 +250,7 @@ def shipped() -> Iterator[str]:
     for title, place, pairs in (
         ("gaps", "qat/parent/gaps", FUSED_PAIRS),
         ("names and numbers", "shipped/names", FUSED_PAIRS),
-        ("SQuAD", "shipped/squad", FUSED_PAIRS[:1]),
+        ("SQuAD", "shipped/squad", FUSED_PAIRS),
     ):
         for pair in pairs:
             read = rows_of(FUSED / "gaps" / "text" / pair.partition("+")[2]) if title == "gaps" else {}
@@ -270,17 +285,18 @@ def _gains(records: dict[str, list[dict]], arm: str, metric: str, scale: float) 
 
 def fused() -> Iterator[str]:
     """Fused caches: what the fuser makes of the sharer's, and of what else stands in its place."""
-    yield from _fused_head("sharer+receiver, task, protocol", FUSED_ARMS)
+    yield from _fused_head("sharer+receiver, task, protocol", SET_ARMS)
     for pair in FUSED_PAIRS:
         for protocol, metric in FUSED_METRICS.items():
             for task in CHOICE_TASKS:
+                tuned = {LORA: rows_of(_lora(pair, task, protocol))["receiver"]}
                 folder = FUSED / task / protocol / pair
                 if folder.exists():
-                    yield _fused_row(f"{pair}, {task}, {protocol}", folder, metric)
+                    yield _fused_row(f"{pair}, {task}, {protocol}", folder, metric, SET_ARMS, tuned)
 
 
 def cut() -> Iterator[str]:
-    """The same of runs that were cut off: of the questions that every arm had answered."""
+    """The same of runs that ended early, of the questions that every arm had answered; without self."""
     yield from _fused_head("sharer+receiver, task, protocol", CUT_ARMS)
     for pair in FUSED_PAIRS:
         for protocol, metric in FUSED_METRICS.items():
@@ -288,31 +304,66 @@ def cut() -> Iterator[str]:
                 if _cut_file(pair, task, protocol).exists():
                     scores = _fused_scores(pair, task, protocol)
                     cells = [figure(metric, bootstrap(scores[name]).rounded()) for name in CUT_ARMS]
-                    best = max(CONTROLS, key=lambda name: sum(scores[name]))
-                    gain = bootstrap(
-                        [one - other for one, other in zip(scores["fused bf16"], scores[best], strict=True)]
-                    )
-                    title, count = f"{pair}, {task}, {protocol}", len(scores["receiver"])
-                    yield f"| {title} | {count:,} | {' | '.join(cells)} | {signed(gain.rounded())} |"
+                    best = max(CONTROLS[:2], key=lambda name: sum(scores[name]))
+                    both = zip(scores["fused bf16"], scores[best], strict=True)
+                    gain = signed(bootstrap([one - other for one, other in both]).rounded())
+                    count = len(scores["receiver"])
+                    yield f"| {pair}, {task}, {protocol} | {count:,} | {' | '.join(cells)} | {gain} |"
 
 
 def five() -> Iterator[str]:
-    """Means over the five sets, each counting alike; the gain is against the best control of that mean."""
-    yield f"| sharer+receiver, protocol | {' | '.join(name.removesuffix(' bf16') for name in CUT_ARMS)} | gain |"
-    yield "| --- " * (len(CUT_ARMS) + 2) + "|"
+    """Means over the sets, each counting alike; the gain is against the best control of that mean."""
+    names = tuple(name for name in SET_ARMS if name != "routing")
+    yield f"| sharer+receiver, protocol | sets | {' | '.join(name.removesuffix(' bf16') for name in names)} | gain |"
+    yield "| --- " * (len(names) + 3) + "|"
     for pair in FUSED_PAIRS:
         for protocol in FUSED_METRICS:
-            sets = [_fused_scores(pair, task, protocol) for task in CHOICE_TASKS]
-            means = {name: statistics.mean(statistics.mean(one[name]) for one in sets) for name in CUT_ARMS}
-            best = max(CONTROLS, key=means.__getitem__)
-            rng = np.random.default_rng(0)
-            drawn = np.zeros(RESAMPLES)
-            for one in sets:
-                gained = np.array(one["fused bf16"]) - np.array(one[best])
-                drawn += gained[rng.integers(len(gained), size=(RESAMPLES, len(gained)))].mean(axis=1) / len(sets)
-            low, high = np.quantile(drawn, (0.025, 0.975))
-            gain = signed([means["fused bf16"] - means[best], float(low), float(high)])
-            yield f"| {pair}, {protocol} | {' | '.join(f'{means[name]:.1f}' for name in CUT_ARMS)} | {gain} |"
+            every = {task: _fused_scores(pair, task, protocol) for task in CHOICE_TASKS}
+            with_self = {task: scores for task, scores in every.items() if CONTROLS[-1] in scores}
+            for chosen in [every] if len(with_self) == len(every) else [every, with_self]:
+                sets = list(chosen.values())
+                held = [name for name in names if all(name in one for one in sets)]
+                means = {name: statistics.mean(statistics.mean(one[name]) for one in sets) for name in held}
+                best = max((name for name in CONTROLS if name in means), key=means.__getitem__)
+                rng = np.random.default_rng(0)
+                drawn = np.zeros(RESAMPLES)
+                for one in sets:
+                    gained = np.array(one["fused bf16"]) - np.array(one[best])
+                    drawn += gained[rng.integers(len(gained), size=(RESAMPLES, len(gained)))].mean(axis=1) / len(sets)
+                low, high = np.quantile(drawn, (0.025, 0.975))
+                gain = signed([means["fused bf16"] - means[best], float(low), float(high)])
+                cells = " | ".join(f"{means[name]:.1f}" if name in means else "" for name in names)
+                title = "all five" if len(chosen) == len(CHOICE_TASKS) else "without MMLU-Redux"
+                yield f"| {pair}, {protocol} | {title} | {cells} | {gain} |"
+
+
+def accuracy() -> Iterator[str]:
+    """Accuracy by likelihood against what crosses, of OpenBookQA and ARC-Challenge."""
+    titles = " | ".join(f"{pair}: bytes | {' | '.join(CURVED)}" for pair in FUSED_PAIRS)
+    yield f"| what crosses | {titles} |"
+    yield "| --- " * (1 + len(FUSED_PAIRS) * (1 + len(CURVED))) + "|"
+    found = [[rows_of(FUSED / "curve" / task / pair) for task in CURVED] for pair in FUSED_PAIRS]
+    for name, row in sorted(found[0][0].items(), key=lambda item: (-item[1]["bytes"], item[0])):
+        if row["kind"] in ("receiver", "fused"):
+            cells: list[str] = []
+            for sets in found:
+                cells += [f"{sets[0][name]['bytes']:,}", *(f"{one[name]['acc_norm'][0]:.1f}" for one in sets)]
+            yield f"| {name.removeprefix('fused ')} | {' | '.join(cells)} |"
+
+
+def controlled() -> Iterator[str]:
+    """The same beside the controls, for the plans that have them."""
+    names = ("fused", "wrong", "zeroed", "self")
+    yield f"| sharer+receiver, task | what crosses | bytes | {' | '.join(names)} | gain |"
+    yield "| --- " * (len(names) + 4) + "|"
+    for pair in FUSED_PAIRS:
+        for task in CURVED:
+            rows = rows_of(FUSED / "curve" / task / pair)
+            for name, row in rows.items():
+                if row["kind"] == "fused" and row.get("gain"):
+                    cells = [figure("acc_norm", rows[name.replace("fused", one, 1)]["acc_norm"]) for one in names]
+                    sent = f"{name.removeprefix('fused ')} | {row['bytes']:,}"
+                    yield f"| {pair}, {task} | {sent} | {' | '.join(cells)} | {signed(row['gain'])} |"
 
 
 def oracle() -> Iterator[str]:
@@ -397,15 +448,12 @@ def taught() -> Iterator[str]:
         yield f"| {file.stem} | {last['step']} | {' | '.join(cells)} |"
 
 
-def worth() -> Iterator[str]:
-    """What a sharer adds to the answers that a receiver is taught, in nats."""
-    names = ("right", "wrong", "zeroed", "none", "self")
-    yield f"| kind of row | rows | {' | '.join(names)} | gain |"
-    yield "| --- " * (len(names) + 3) + "|"
-    for row in json.loads((FUSED / "gain.json").read_text("utf-8"))["measured"]:
-        cells = [f"{row[name][0]:.3f}" for name in names]
-        mean, low, high = row["gain"]
-        yield f"| {row['kind']} | {row['rows']} | {' | '.join(cells)} | {mean:+.3f} [{low:+.3f}, {high:+.3f}] |"
+def _scores(folder: Path, metric: str) -> dict[str, dict[str, float]]:
+    """In percent, by arm and item."""
+    found: dict[str, dict[str, float]] = {}
+    for record in read_records(folder):
+        found.setdefault(record.arm, {})[record.id] = 100 * record.scores[metric]
+    return found
 
 
 def _fused_head(first: str, names: Sequence[str]) -> Iterator[str]:
@@ -422,16 +470,23 @@ def _fused_row(
 
 
 def _fused_scores(pair: str, task: str, protocol: str) -> dict[str, list[float]]:
-    """In percent, by arm, items in the same order; of a run that was cut off those that every arm answered."""
-    file = _cut_file(pair, task, protocol)
-    whole = FUSED / task / protocol / pair / ITEMS
-    rows = _records(whole if whole.exists() else file)
-    scores = {arm: {row["id"]: 100 * row["scores"][FUSED_METRICS[protocol]] for row in rows[arm]} for arm in CUT_ARMS}
-    return {arm: [found[key] for key in scores["receiver"]] for arm, found in scores.items()}
+    """In percent, by arm, items in the same order; of a run that ended early those that every arm answered."""
+    early = _cut_file(pair, task, protocol)
+    rows = _records(early if early.exists() else FUSED / task / protocol / pair / ITEMS)
+    rows[LORA] = _records(_lora(pair, task, protocol) / ITEMS)["receiver"]
+    metric = FUSED_METRICS[protocol]
+    scores = {arm: {row["id"]: 100 * row["scores"][metric] for row in listed} for arm, listed in rows.items()}
+    answered = [key for key in scores["receiver"] if all(key in found for found in scores.values())]
+    return {arm: [found[key] for key in answered] for arm, found in scores.items()}
 
 
 def _cut_file(pair: str, task: str, protocol: str) -> Path:
     return FUSED / "cut" / f"{task}.{protocol}.{pair}.jsonl.gz"
+
+
+def _lora(pair: str, task: str, protocol: str) -> Path:
+    """The run of the receiver with a LoRA that was trained on the fuser's rows."""
+    return FUSED / "lora" / task / protocol / pair.partition("+")[2]
 
 
 def _records(file: Path) -> dict[str, list[dict]]:
@@ -495,6 +550,65 @@ def latents() -> Iterator[str]:
         if row["kind"] == "cache":
             each = f"{row['bytes']:,} | {row['bytes'] / tokens:,.0f}"
             yield f"| {name.removeprefix('cache ')} | {each} | {figure('f1', row['f1'])} | {row['nll']:.2f} |"
+
+
+def pooled() -> Iterator[str]:
+    """Fewer latents than tokens, trained alike: F1 on SQuAD's questions and KL on plain text, by bytes a token."""
+    titles = "bytes a token, about | F1 | wrong | zeroed | gain | answer NLL | F1 above 1 a latent in as many bytes"
+    yield f"| tokens a latent | latents | {titles} |"
+    yield "| --- " * 9 + "|"
+    tokens = rows_of(SLOTS / "pool1")["cache bf16"]["bytes"] / 2048
+    single = _scores(SLOTS / "pool1", "f1")
+    for pool in POOLS:
+        rows, scores = rows_of(SLOTS / f"pool{pool}"), _scores(SLOTS / f"pool{pool}", "f1")
+        for name, row in rows.items():
+            if row["kind"] == "cache":
+                width = int(name.partition("width=")[2] or 1024) // pool
+                other = single.get(f"{name.partition(' width')[0]} width={width}", {}) if pool > 1 else {}
+                more = [value - other[key] for key, value in scores[name].items()] if other else []
+                others = [f"{rows[name.replace('cache', other, 1)]['f1'][0]:.1f}" for other in ("wrong", "zeroed")]
+                cells = [figure("f1", row["f1"]), *others, signed(row["gain"]), f"{row['nll']:.2f}"]
+                cells.append(signed(bootstrap(more).rounded()) if more else "")
+                sent = f"{name.removeprefix('cache ')} | {row['bytes'] / tokens:,.0f}"
+                yield f"| {pool} | {sent} | {' | '.join(cells)} |"
+    yield ""
+    found = [json.loads((SLOTS / f"pool{pool}.text.json").read_text())["kl"] for pool in POOLS]
+    yield f"| plain text, KL | {' | '.join(f'{pool} a latent' for pool in POOLS)} |"
+    yield "| --- " * (len(POOLS) + 1) + "|"
+    for way in found[0]:
+        cells = ["{:.2f} [{:.2f}, {:.2f}]".format(*one[way]) for one in found]
+        yield f"| {way} | {' | '.join(cells)} |"
+
+
+def joined() -> Iterator[str]:
+    """Three models in one latent space; the first 1,024 questions of SQuAD's test, F1."""
+    yield "| sharer → receiver | trained | latents | alone | text | translated | wrong | zeroed | gain |"
+    yield "| --- " * 9 + "|"
+    first = {record.id for record in read_records(SLOTS / "pool1")}
+    for name, how in SPACE.items():
+        rows = rows_of(RESULTS / "translator" / "space" / name)
+        text = figure("f1", rows["text"]["f1"]) if "text" in rows else ""
+        for plan in ("bf16", "int4:token width=256"):
+            ours, *controls = (rows[f"{kind} {plan}"] for kind in ("cache", "wrong", "zeroed"))
+            cells = [f"{rows['receiver']['f1'][0]:.1f}", text, figure("f1", ours["f1"])]
+            cells += [f"{row['f1'][0]:.1f}" for row in controls] + [signed(ours["gain"])]
+            yield f"| {name.replace('+', ' → ')} | {how} | {plan} | {' | '.join(cells)} |"
+    for folder, name, how in (
+        (RESULTS / "squad" / PAIRS[0], PAIRS[0].replace("+", " → "), "both halves, as shipped"),
+        (SELF / "squad" / MODELS[0], f"{MODELS[0]} → {MODELS[0]}", "both halves, *self* above"),
+    ):
+        for plan in ("bf16", "int4:token width=256"):
+            arms = ("receiver", "text", *(f"{kind} {plan}" for kind in ("cache", "wrong", "zeroed")))
+            every = _scores(folder, "f1")
+            if not all(arm in every for arm in arms):
+                continue
+            scores = {arm: {key: every[arm][key] for key in every[arm] if key in first} for arm in arms}
+            means = {arm: bootstrap(list(found.values())).rounded() for arm, found in scores.items()}
+            best = max(arms[3:], key=lambda arm: means[arm][0])
+            gain = bootstrap([value - scores[best][key] for key, value in scores[arms[2]].items()]).rounded()
+            cells = [f"{means[arms[0]][0]:.1f}", *(figure("f1", means[arm]) for arm in arms[1:3])]
+            cells += [f"{means[arm][0]:.1f}" for arm in arms[3:]] + [signed(gain)]
+            yield f"| {name} | {how} | {plan} | {' | '.join(cells)} |"
 
 
 def decoding() -> Iterator[str]:
