@@ -48,10 +48,12 @@ class Graphed:
     the plain call for as many tokens as the bucket has, cut; from those for fewer they differ only as far as kernels
     that are chosen by size round differently.
 
-    The function is called as it is on the CPU, with gradients, under autocast, for more than 2,048 tokens, and on other
-    streams than the default one, where nothing would keep two replays apart. Threads take turns. Results are the
-    caller's own. At most 16 graphs are kept, the one not used for longest goes; all share the memory of what they
-    compute on the way.
+    The function is called as it is on the CPU, with gradients, under autocast, for more than 2,048 tokens, on other
+    streams than the default one, where nothing would keep two replays apart, and for the first call of a bucket and of
+    shapes: the second one records, which waits for the device and takes as long as some calls. Threads take turns here,
+    but none may draw random numbers on the device while another records. Results are the caller's own. Of at most 16
+    buckets and shapes it is known that they were met, the one not used for longest goes; all graphs share the memory
+    of what they compute on the way.
     """
 
     def __init__(self, function: Callable[..., Tensor], weights: Iterable[Tensor]) -> None:
@@ -60,10 +62,11 @@ class Graphed:
         Args:
             function: of one or more tensors ``[any, tokens, ...]`` to one of the same kind. It may write over them; it
                 must not wait for the device, nor read anything else that changes or moves but ``weights``.
-            weights: what it reads besides; where they have been moved, it is recorded again.
+            weights: the tensors that it reads besides. Where they have been moved, it is recorded again; others put in
+                their place are not noticed.
         """
         self._function, self._weights = function, tuple(weights)
-        self._graphs: dict[Hashable, _Graph] = {}
+        self._graphs: dict[Hashable, _Graph | None] = {}
         self._where: Hashable = None
 
     def __call__(self, *inputs: Tensor) -> Tensor:
@@ -76,11 +79,14 @@ class Graphed:
         with _ONE_AT_A_TIME, torch.inference_mode(False), torch.no_grad():
             if where != self._where:
                 self._graphs, self._where = {}, where
-            graph = self._graphs.pop((bucket, shapes), None) or self._made(inputs, bucket)
+            met = (bucket, shapes) in self._graphs
+            graph = self._graphs.pop((bucket, shapes), None)
+            if met and graph is None:
+                graph = self._made(inputs, bucket)
             self._graphs[bucket, shapes] = graph
             if len(self._graphs) > _MOST_GRAPHS:
                 del self._graphs[next(iter(self._graphs))]
-            return graph.run(inputs)
+            return self._function(*inputs) if graph is None else graph.run(inputs)
 
     def _made(self, inputs: Sequence[Tensor], bucket: int) -> _Graph:
         sizes = [(one.shape[0], bucket, *one.shape[2:]) for one in inputs]
@@ -90,7 +96,7 @@ class Graphed:
     def _recorded(self, inputs: Sequence[Tensor]) -> tuple[Tensor, Callable[[], None]]:
         """The output of the function, and what computes it anew of the same inputs."""
         with torch.cuda.device(inputs[0].device):
-            if not self._graphs:  # else all share a pool, which must be recorded on one stream
+            if not any(self._graphs.values()):  # else all share a pool, which must be recorded on one stream
                 self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
                 self._pool = torch.cuda.graph_pool_handle()
             for _ in range(_WARM_UPS):  # on the current stream: what loads or chooses kernels must not be recorded
