@@ -28,7 +28,7 @@ from kvtalk.adapters.enriched import Addition, enriched
 from kvtalk.adapters.fuser import Fuser, FuserGeometry, Shape, narrowed
 from kvtalk.adapters.pairs import Pairs
 from kvtalk.adapters.slots import Network
-from kvtalk.adapters.store import is_matrix
+from kvtalk.adapters.weights import is_matrix
 from kvtalk.alignment.layers import layer_map
 from kvtalk.cache import KVCache, LayerCache
 from kvtalk.device import sent

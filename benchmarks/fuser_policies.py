@@ -23,9 +23,10 @@ from fuser_gain import TOGETHER, Way, interval
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from kvtalk.adapters.cards import read_card
 from kvtalk.adapters.predictor import Predictor
 from kvtalk.adapters.slots import averaged, bare_layers
-from kvtalk.adapters.store import load_predictor, read_card
+from kvtalk.adapters.weights import load_predictor
 from kvtalk.cache import PADDING, KVCache, LayerCache
 from kvtalk.models import LM
 from kvtalk.selection.tokens import FORETOLD, kept_count, token_policy

@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 
 from kvtalk import LM, Link, Plan
-from kvtalk.adapters.store import Party, save_adapter
+from kvtalk.adapters.cards import Party
+from kvtalk.adapters.store import save_adapter
 from kvtalk.adapters.translator import Decoder, Geometry, Translator
 from kvtalk.evaluation.data import samples
 

@@ -19,8 +19,9 @@ import numpy as np
 import torch
 
 from kvtalk import LM
-from kvtalk.adapters.store import load_decoder, load_encoder, read_card, shipped_for
+from kvtalk.adapters.cards import read_card, shipped_for
 from kvtalk.adapters.translator import squeezed
+from kvtalk.adapters.weights import load_decoder, load_encoder
 from kvtalk.training.batches import Batch, Batches, Example, Recipe
 from kvtalk.training.losses import token_losses
 from kvtalk.training.texts import Texts

@@ -16,8 +16,9 @@ import torch
 from conftest import bundled_lm
 from kvtalk import Link, Plan, bundled
 from kvtalk import packet as wire
+from kvtalk.adapters.cards import SHIPPED, Party
 from kvtalk.adapters.halves import receiver_half, sharer_half
-from kvtalk.adapters.store import SHIPPED, Party, save_adapter
+from kvtalk.adapters.store import save_adapter
 from kvtalk.adapters.translator import Geometry, Translator
 from kvtalk.alignment.tokens import align, tokenize
 from kvtalk.cache import KVCache, Prefix

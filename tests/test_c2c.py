@@ -17,9 +17,10 @@ from torch import Tensor
 from conftest import bare_spec, byte_tokenizer, tiny_lm
 from kvtalk import Plan
 from kvtalk.adapters.c2c import LAYERS, Sizes, import_c2c, load_c2c
+from kvtalk.adapters.cards import read_card
 from kvtalk.adapters.fuser import Fuser
 from kvtalk.adapters.fusing import ReceiverSide, SharerSide
-from kvtalk.adapters.store import load_fuser, read_card
+from kvtalk.adapters.weights import load_fuser
 from kvtalk.errors import AdapterError
 from kvtalk.fusion import FusedReceiver, FusedSharer
 from kvtalk.models import LM

@@ -18,7 +18,7 @@ import pytest
 
 from conftest import single_threaded
 from kvtalk import cli
-from kvtalk.adapters import store
+from kvtalk.adapters import cards
 from kvtalk.evaluation.summary import read_records
 from kvtalk.models import LM
 from test_fuser import other_lm
@@ -353,7 +353,7 @@ def test_mistakes_with_fusers_are_one_line(
 def test_a_fuser_that_comes_along_is_given_by_name(
     fusers: tuple[Path, Path], tiny_folder: Path, other_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(store, "SHIPPED", tmp_path)
+    monkeypatch.setattr(cards, "SHIPPED", tmp_path)
     shutil.copytree(fusers[0], tmp_path / "other+tiny.fuser")
     ask = ("ask", "-s", other_folder, "-r", tiny_folder, "-q", "Who?", "--max-new-tokens", 2, "--json")
     named, given = (in_process(*ask, "--fuser", fuser) for fuser in ("other+tiny", fusers[0]))

@@ -11,9 +11,10 @@ import torch
 from rich.console import Console
 
 from conftest import tiny_lm
-from kvtalk.adapters import fusing, store
+from kvtalk.adapters import cards, fusing
+from kvtalk.adapters.cards import CARD, Party, read_card
 from kvtalk.adapters.predictor import Predictor
-from kvtalk.adapters.store import CARD, Party, add_predictor, read_card, save_adapter
+from kvtalk.adapters.store import add_predictor, save_adapter
 from kvtalk.adapters.translator import Geometry, Translator
 from kvtalk.evaluation import demo
 from kvtalk.evaluation.data import Passage, invented_gaps, samples
@@ -40,7 +41,7 @@ def shipped(lms: dict[str, LM], tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         sizes = {"width": 64, "latent": 64, "decoder_blocks": 1, "bottleneck": 8}
         translator = Translator(Geometry(theirs.values_per_token, 4, ours.values_per_token, **sizes))
         save_adapter(translator, *parties(lms, sharer, receiver), tmp_path / "shipped" / f"{sharer}+{receiver}")
-    monkeypatch.setattr(store, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.setattr(cards, "SHIPPED", tmp_path / "shipped")
     monkeypatch.setattr(fusing, "tokenizer_of", lambda name: lms[name].tokenizer)
     monkeypatch.setattr(LM, "load", lms.__getitem__)
     for name, value in {
@@ -114,7 +115,7 @@ def test_the_demo_shows_only_the_fusers_that_come_along(shipped: Path, lms: dict
 
 def test_what_comes_along_lies_under_the_names_of_its_models() -> None:
     """And nothing of its training beside it; a fuser has the predictor that the demo's second plan needs."""
-    folders = [file.parent for file in store.SHIPPED.glob(f"*/{CARD}")]
+    folders = [file.parent for file in cards.SHIPPED.glob(f"*/{CARD}")]
     assert len(folders) >= 2
     for folder in folders:
         card, _ = read_card(folder)

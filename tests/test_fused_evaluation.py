@@ -12,9 +12,10 @@ import pytest
 from conftest import tiny_lm
 from kvtalk import Link, Plan
 from kvtalk.adapters import fusing
+from kvtalk.adapters.cards import Party
 from kvtalk.adapters.fuser import Fuser
 from kvtalk.adapters.fusing import SharerSide
-from kvtalk.adapters.store import Party, save_adapter
+from kvtalk.adapters.store import save_adapter
 from kvtalk.cache import KVCache
 from kvtalk.errors import InputError
 from kvtalk.evaluation import timing

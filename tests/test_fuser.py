@@ -21,23 +21,16 @@ from transformers import DynamicCache, PreTrainedTokenizerFast
 
 from conftest import ARCHITECTURES, byte_tokenizer, tiny_lm
 from kvtalk import Budget, Link, Plan
-from kvtalk.adapters import fusing, store
+from kvtalk.adapters import cards, fusing, weights
+from kvtalk.adapters.cards import CARD, Party, read_card
 from kvtalk.adapters.enriched import Addition, Own, enriched
 from kvtalk.adapters.fuser import Fuser, FuserGeometry, Shape, narrowed
 from kvtalk.adapters.fusing import ReceiverSide, SharerSide
 from kvtalk.adapters.pairs import Pairs, paired
 from kvtalk.adapters.slots import Slots, own_vectors
-from kvtalk.adapters.store import (
-    CARD,
-    Party,
-    load_decoder,
-    load_encoder,
-    load_fuser,
-    open_slots,
-    read_card,
-    save_adapter,
-)
+from kvtalk.adapters.store import save_adapter
 from kvtalk.adapters.translator import Geometry, Translator
+from kvtalk.adapters.weights import load_decoder, load_encoder, load_fuser, open_slots
 from kvtalk.alignment.layers import layer_map
 from kvtalk.alignment.readings import readings
 from kvtalk.cache import PADDING, Prefix
@@ -696,7 +689,7 @@ def test_a_fuser_that_comes_along_is_found_by_the_names_of_its_models(
     joined: Pair, receiver: LM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Under the name of the pair lie a translator and a fuser; the option says which is meant."""
-    monkeypatch.setattr(store, "SHIPPED", tmp_path)
+    monkeypatch.setattr(cards, "SHIPPED", tmp_path)
     parties = [Party(lm.name, lm.spec.fingerprint) for lm in (other_lm(), receiver)]
     with pytest.raises(AdapterError, match="no adapter 'sharer.gemma3': give its folder or a hub id$"):
         read_card("sharer+gemma3", "fuser")
@@ -935,8 +928,8 @@ def test_open_slots_are_read_alone(stored: Path, monkeypatch: pytest.MonkeyPatch
     fuser = load_fuser(card, folder)
     assert fuser.gates.faster > 1  # type: ignore[attr-defined]
     assert all(parameter.requires_grad and parameter.device.type == "cpu" for parameter in fuser.parameters())
-    monkeypatch.setattr(store, "codec", None)  # nothing is unpacked; of the packings the sizes alone are compared
-    monkeypatch.setattr(store._Stored, "check", lambda self: None)
+    monkeypatch.setattr(weights, "codec", None)  # nothing is unpacked; of the packings the sizes alone are compared
+    monkeypatch.setattr(weights._Stored, "check", lambda self: None)
     assert open_slots(card, folder) == fuser.opened().slots == (1, 2, 4, 5, 7)
     file = stored / "fuser.safetensors"
     blob = bytearray(file.read_bytes())

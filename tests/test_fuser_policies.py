@@ -15,11 +15,13 @@ from torch import Tensor
 
 from conftest import tiny_lm
 from kvtalk import Budget, Link, Plan
+from kvtalk.adapters.cards import CARD, Party, read_card
 from kvtalk.adapters.fuser import Fuser
 from kvtalk.adapters.fusing import SharerSide
 from kvtalk.adapters.pairs import Pairs
 from kvtalk.adapters.predictor import Predictor
-from kvtalk.adapters.store import CARD, Party, add_predictor, load_fuser, load_predictor, read_card, save_adapter
+from kvtalk.adapters.store import add_predictor, save_adapter
+from kvtalk.adapters.weights import load_fuser, load_predictor
 from kvtalk.cache import KVCache
 from kvtalk.errors import AdapterError, SelectionError, TrainingError
 from kvtalk.evaluation.curve import grid

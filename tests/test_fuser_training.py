@@ -17,10 +17,12 @@ from torch import Tensor
 
 from conftest import byte_tokenizer, tiny_lm
 from kvtalk import Plan
+from kvtalk.adapters.cards import Party, read_card
 from kvtalk.adapters.fuser import Fuser, FuserGeometry
 from kvtalk.adapters.fusing import ReceiverSide, SharerSide
 from kvtalk.adapters.slots import bare_layers
-from kvtalk.adapters.store import Party, load_fuser, read_card, save_adapter
+from kvtalk.adapters.store import save_adapter
+from kvtalk.adapters.weights import load_fuser
 from kvtalk.alignment.tokens import NONE, align, spread, tokenize
 from kvtalk.codecs import codec
 from kvtalk.errors import TrainingError

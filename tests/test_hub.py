@@ -15,9 +15,11 @@ from huggingface_hub.utils import validate_hf_hub_args
 
 from conftest import tiny_lm
 from kvtalk.adapters import hub
+from kvtalk.adapters.cards import CARD, PARTS, Party, read_card
 from kvtalk.adapters.hub import push_adapter
-from kvtalk.adapters.store import CARD, PARTS, Party, load_encoder, load_fuser, read_card, save_adapter
+from kvtalk.adapters.store import save_adapter
 from kvtalk.adapters.translator import Geometry, Translator
+from kvtalk.adapters.weights import load_encoder, load_fuser
 from test_cli import in_process, refused
 from test_fuser import geometry_of, other_lm, random_fuser
 

@@ -12,8 +12,10 @@ import torch
 
 from conftest import tiny_lm
 from kvtalk import Link, Plan, packet
-from kvtalk.adapters.store import CARD, SHIPPED, Half, Party, join, load_encoder, read_card, save_adapter
+from kvtalk.adapters.cards import CARD, SHIPPED, Party, read_card
+from kvtalk.adapters.store import Half, join, save_adapter
 from kvtalk.adapters.translator import Geometry, Pairing, Translator, grouped
+from kvtalk.adapters.weights import load_encoder
 from kvtalk.cache import PADDING
 from kvtalk.errors import AdapterError, PacketError, TrainingError
 from kvtalk.models import LM

@@ -11,8 +11,9 @@ import torch
 
 from conftest import tiny_lm
 from kvtalk import Link
+from kvtalk.adapters.cards import CARD, SHIPPED, Party, read_card
 from kvtalk.adapters.halves import both_halves, receiver_half, tokenizer_of
-from kvtalk.adapters.store import CARD, SHIPPED, Half, Party, join, read_card, save_adapter
+from kvtalk.adapters.store import Half, join, save_adapter
 from kvtalk.adapters.translator import Geometry, Pairing, Translator
 from kvtalk.cache import Prefix
 from kvtalk.errors import AdapterError, TrainingError

@@ -10,10 +10,12 @@ import torch.nn.functional as F
 
 from conftest import byte_tokenizer, random_cache, tiny_lm
 from kvtalk import Link, Plan, Receiver, Sharer
+from kvtalk.adapters.cards import CARD, Party, read_card
 from kvtalk.adapters.halves import both_halves, receiver_half, sharer_half
-from kvtalk.adapters.store import CARD, Party, load_decoder, load_encoder, read_card, save_adapter
+from kvtalk.adapters.store import save_adapter
 from kvtalk.adapters.translator import Geometry, Pairing, Translator, pair
 from kvtalk.adapters.vectors import from_vectors, to_vectors
+from kvtalk.adapters.weights import load_decoder, load_encoder
 from kvtalk.alignment.tokens import tokenize
 from kvtalk.codecs import codec
 from kvtalk.errors import AdapterError, AlignmentError, BudgetError, CacheError, PacketError, TrainingError

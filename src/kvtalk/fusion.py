@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from kvtalk import packet as wire
+from kvtalk.adapters.cards import read_card, shipped_for
 from kvtalk.adapters.earlier import Earlier
 from kvtalk.adapters.enriched import Own
 from kvtalk.adapters.fusing import ReceiverSide, SharerSide, receiver_side, sharer_side
-from kvtalk.adapters.store import read_card, shipped_for
 from kvtalk.cache import KVCache, Prefix
 from kvtalk.errors import AdapterError, BudgetError, InputError
 from kvtalk.link import Answer, Cost, Link, Receiver, Sharer, bits_per_value, pack_rows

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
 from kvtalk import packet as wire
+from kvtalk.adapters.cards import Card, shipped_for
 from kvtalk.adapters.halves import ReceiverHalf, SharerHalf, both_halves
-from kvtalk.adapters.store import Card, shipped_for
 from kvtalk.cache import KVCache, LayerSource, Prefix
 from kvtalk.errors import AdapterError, BudgetError, InputError
 from kvtalk.models import LM, Generation

@@ -26,8 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvtalk.adapters.cards import Card, Party
 from kvtalk.adapters.fuser import Fuser, FuserGeometry, Shape
-from kvtalk.adapters.store import Card, Party, save_adapter
+from kvtalk.adapters.store import save_adapter
 from kvtalk.errors import AdapterError
 from kvtalk.models import LM
 from kvtalk.spec import ModelSpec

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from kvtalk.adapters.cards import Card, read_card
 from kvtalk.adapters.earlier import Earlier, placed_whole, read_on
 from kvtalk.adapters.enriched import Addition, Own
 from kvtalk.adapters.fuser import Fuser, FuserGeometry
@@ -17,7 +18,7 @@ from kvtalk.adapters.halves import beside, tokenizer_of
 from kvtalk.adapters.pairs import Pairs, enriched_of, paired
 from kvtalk.adapters.predictor import Predictor
 from kvtalk.adapters.slots import Network, bare_layers, read_of
-from kvtalk.adapters.store import Card, load_fuser, load_predictor, open_slots, read_card
+from kvtalk.adapters.weights import load_fuser, load_predictor, open_slots
 from kvtalk.alignment.readings import readings
 from kvtalk.alignment.tokens import aligned, tokenize
 from kvtalk.cache import PADDING, KVCache, LayerCache, Prefix

@@ -12,10 +12,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from kvtalk import bundled
+from kvtalk.adapters.cards import Card, read_card
 from kvtalk.adapters.graphs import Graphed
-from kvtalk.adapters.store import Card, Part, is_matrix, load_decoder, load_encoder, read_card
 from kvtalk.adapters.translator import Decoder, Encoder, Geometry, last_tokens, latent_count, pair
 from kvtalk.adapters.vectors import from_vectors, lead, to_vectors
+from kvtalk.adapters.weights import Part, is_matrix, load_decoder, load_encoder
 from kvtalk.alignment.tokens import tokenize
 from kvtalk.cache import PADDING, KVCache, LayerCache, Prefix
 from kvtalk.codecs import NOTHING

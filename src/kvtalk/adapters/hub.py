@@ -12,7 +12,8 @@ from typing import Any
 from huggingface_hub import HfApi, ModelCardData, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from kvtalk.adapters.store import CARD, OPTIONS, Card, checked, read_card
+from kvtalk.adapters.cards import CARD, OPTIONS, Card, read_card
+from kvtalk.adapters.weights import checked
 from kvtalk.errors import AdapterError
 
 _READ = {
@@ -29,7 +30,7 @@ def push_adapter(name: str | Path, repo: str, private: bool = False, revision: s
     """Upload an adapter: its card, its weights, and a page made from the card; nothing else that lies beside them.
 
     Args:
-        name: as for :func:`kvtalk.adapters.store.read_card`.
+        name: as for :func:`kvtalk.adapters.cards.read_card`.
         repo: ``OWNER/NAME`` on the hub, created if need be. It loads the adapter afterwards.
         private: nobody else may see it.
         revision: branch to upload to, created if need be; ``OWNER/NAME@REVISION`` loads it.

@@ -55,8 +55,8 @@ def answer(
 
 def _receiver(name: str, adapter: str | None, blob: memoryview) -> Receiver:
     """The side that answers; for a latent without a named adapter, with the one that comes with kvtalk."""
+    from kvtalk.adapters.cards import shipped_as
     from kvtalk.adapters.halves import receiver_half
-    from kvtalk.adapters.store import shipped_as
     from kvtalk.link import Receiver
     from kvtalk.models import LM
     from kvtalk.packet import read_stream

@@ -104,7 +104,8 @@ def translator(
     With --encoder or --decoder, the new half joins the latent space of an adapter that is there; `kvtalk join` then
     makes the adapter of any encoder and any decoder of that space.
     """
-    from kvtalk.adapters.store import Half, Party, save_adapter
+    from kvtalk.adapters.cards import Party
+    from kvtalk.adapters.store import Half, save_adapter
     from kvtalk.adapters.translator import Geometry, Translator
     from kvtalk.errors import TrainingError
     from kvtalk.training.batches import Recipe
@@ -209,8 +210,9 @@ def fuser(
 
     Both models stay frozen. A stopped run goes on from its last checkpoint when the same command is given again.
     """
+    from kvtalk.adapters.cards import Party
     from kvtalk.adapters.fuser import Fuser, FuserGeometry, Shape, narrowed
-    from kvtalk.adapters.store import Party, save_adapter
+    from kvtalk.adapters.store import save_adapter
     from kvtalk.alignment.layers import layer_map
     from kvtalk.training.exchanges import Exchanges, Mixture
     from kvtalk.training.fuser import KEPT_BACK, FuserRecipe, training
@@ -276,7 +278,7 @@ def predictor(
 
     `kvtalk train fuser` does so at its end; this is for other fusers, or other data.
     """
-    from kvtalk.adapters.store import read_card
+    from kvtalk.adapters.cards import read_card
     from kvtalk.errors import AdapterError
     from kvtalk.training.exchanges import Exchanges
     from kvtalk.training.predictor import fit_predictor

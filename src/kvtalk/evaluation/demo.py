@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from kvtalk.adapters.store import shipped_for
+from kvtalk.adapters.cards import shipped_for
 from kvtalk.evaluation.arms import Arm, make_arms
 from kvtalk.evaluation.data import Passage, invented_gaps, samples, unrelated_text
 from kvtalk.evaluation.picture import draw

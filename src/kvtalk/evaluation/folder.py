@@ -23,7 +23,7 @@ import torch
 import transformers
 
 import kvtalk
-from kvtalk.adapters.store import Card
+from kvtalk.adapters.cards import Card
 from kvtalk.adapters.translator import by_name
 from kvtalk.errors import InputError
 from kvtalk.evaluation.arms import Arm

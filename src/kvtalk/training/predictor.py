@@ -13,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvtalk.adapters.cards import read_card
 from kvtalk.adapters.fuser import Fuser
 from kvtalk.adapters.pairs import Pairs
 from kvtalk.adapters.predictor import Predictor
 from kvtalk.adapters.slots import averaged
-from kvtalk.adapters.store import add_predictor, load_fuser, read_card
+from kvtalk.adapters.store import add_predictor
+from kvtalk.adapters.weights import load_fuser
 from kvtalk.models import LM
 from kvtalk.selection.tokens import FORETOLD
 from kvtalk.training.exchanges import Exchanges, FusedBatches, Mixture

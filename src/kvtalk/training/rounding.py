@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from kvtalk.adapters.store import is_matrix
+from kvtalk.adapters.weights import is_matrix
 from kvtalk.codecs import codec
 
 
