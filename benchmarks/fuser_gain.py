@@ -1,6 +1,6 @@
 """What a sharer adds to the answers that a receiver is taught, in nats, above what stands in its place.
 
-    python benchmarks/fuser_gain.py FUSER [SELF] --data ... --rows 200 --out gain.json
+    python benchmarks/fuser_gain.py FUSER [SELF] --data ... --rows 200 --out results/fuser/gain.json
 
 Of rows that neither fuser was trained on: mean cross-entropy of the answer's tokens (of multiple choice: of the right
 option among all, and the share of right ones in percent) with the right cache, a wrong and a zeroed one, none, and with
@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from kvtalk.adapters.cards import read_card
 from kvtalk.adapters.fuser import Fuser
 from kvtalk.adapters.fusing import geometry_of
-from kvtalk.adapters.store import load_fuser, read_card
+from kvtalk.adapters.weights import load_fuser
 from kvtalk.evaluation.statistics import bootstrap
 from kvtalk.models import LM
 from kvtalk.training.exchanges import Exchanges, FusedBatch, FusedBatches, Mixture
@@ -86,7 +87,7 @@ def main() -> None:
     parser.add_argument("--receiver", default="smollm2-135m")
     parser.add_argument("--data", nargs="+", required=True)
     parser.add_argument("--rows", type=int, default=200)
-    parser.add_argument("--out", type=Path, default=Path("gain.json"))
+    parser.add_argument("--out", type=Path, default=Path("results/fuser/gain.json"))
     args = parser.parse_args()
     receiver, sharer = LM.load(args.receiver), LM.load(args.sharer)
     asked = Exchanges.load(args.data)

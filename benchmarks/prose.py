@@ -4,8 +4,8 @@
 
 Rows have ``id`` and ``text``. A folder is a source of its own, so that none of them outweighs the others: at most
 ``--most`` megabytes are taken of it. Files are read by how they end: text, Markdown, HTML or XML (DocBook, Mallard),
-also with .gz. Of these whole English sentences stay, paragraph by paragraph, each one once; headings, tables, lists of
-words, code, notices of copyright and what has no end are left out. The same folders give the same rows.
+also with .gz. Of these whole English sentences stay, paragraph by paragraph, each at most once; headings, tables, lists
+of words, code, notices of copyright and what has no end are left out. The same folders give the same rows.
 
 Prose of free licences, whose models may be passed on: the books of Standard Ebooks (CC0, a folder for each), pages of
 the US government (public domain), and the documentation packages of Debian, unpacked (their licences stand in

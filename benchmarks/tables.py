@@ -56,6 +56,8 @@ SPACE = {
     "gemma3-270m+gemma3-270m.lora": "never together: both joined",
 }
 """Pairs of three models, and what of their adapters was trained to what."""
+READ_BY = {"gemma3-270m+gemma3-270m.lora": "smollm2-135m+gemma3-270m.lora"}
+"""Where the same receiver read the same text."""
 
 TABLES = (
     "squad",
@@ -86,6 +88,7 @@ TABLES = (
     "known",
     "sent",
     "taught",
+    "worth",
     "fusing",
     "waiting",
 )
@@ -304,18 +307,16 @@ def cut() -> Iterator[str]:
                 if _cut_file(pair, task, protocol).exists():
                     scores = _fused_scores(pair, task, protocol)
                     cells = [figure(metric, bootstrap(scores[name]).rounded()) for name in CUT_ARMS]
-                    best = max(CONTROLS[:2], key=lambda name: sum(scores[name]))
-                    both = zip(scores["fused bf16"], scores[best], strict=True)
-                    gain = signed(bootstrap([one - other for one, other in both]).rounded())
-                    count = len(scores["receiver"])
+                    gain, count = _gain([scores], CONTROLS[:2]), len(scores["receiver"])
                     yield f"| {pair}, {task}, {protocol} | {count:,} | {' | '.join(cells)} | {gain} |"
 
 
 def five() -> Iterator[str]:
     """Means over the sets, each counting alike; the gain is against the best control of that mean."""
     names = tuple(name for name in SET_ARMS if name != "routing")
-    yield f"| sharer+receiver, protocol | sets | {' | '.join(name.removesuffix(' bf16') for name in names)} | gain |"
-    yield "| --- " * (len(names) + 3) + "|"
+    titles = " | ".join(name.removesuffix(" bf16") for name in names)
+    yield f"| sharer+receiver, protocol | sets | {titles} | gain | fused − LoRA |"
+    yield "| --- " * (len(names) + 4) + "|"
     for pair in FUSED_PAIRS:
         for protocol in FUSED_METRICS:
             every = {task: _fused_scores(pair, task, protocol) for task in CHOICE_TASKS}
@@ -324,17 +325,27 @@ def five() -> Iterator[str]:
                 sets = list(chosen.values())
                 held = [name for name in names if all(name in one for one in sets)]
                 means = {name: statistics.mean(statistics.mean(one[name]) for one in sets) for name in held}
-                best = max((name for name in CONTROLS if name in means), key=means.__getitem__)
-                rng = np.random.default_rng(0)
-                drawn = np.zeros(RESAMPLES)
-                for one in sets:
-                    gained = np.array(one["fused bf16"]) - np.array(one[best])
-                    drawn += gained[rng.integers(len(gained), size=(RESAMPLES, len(gained)))].mean(axis=1) / len(sets)
-                low, high = np.quantile(drawn, (0.025, 0.975))
-                gain = signed([means["fused bf16"] - means[best], float(low), float(high)])
                 cells = " | ".join(f"{means[name]:.1f}" if name in means else "" for name in names)
-                title = "all five" if len(chosen) == len(CHOICE_TASKS) else "without MMLU-Redux"
-                yield f"| {pair}, {protocol} | {title} | {cells} | {gain} |"
+                left_out = ", ".join(task for task in CHOICE_TASKS if task not in chosen)
+                title = f"without {left_out}" if left_out else "all five"
+                more = f"{_gain(sets, [name for name in CONTROLS if name in means])} | {_gain(sets, [LORA])}"
+                yield f"| {pair}, {protocol} | {title} | {cells} | {more} |"
+
+
+def _gain(sets: Sequence[dict[str, list[float]]], controls: Sequence[str]) -> str:
+    """Fused above the best of the controls, mean of the sets, each counting alike; drawn anew within each."""
+
+    def mean(name: str) -> float:
+        return statistics.mean(statistics.mean(one[name]) for one in sets)
+
+    best = max(controls, key=mean)
+    rng = np.random.default_rng(0)
+    drawn = np.zeros(RESAMPLES)
+    for one in sets:
+        gained = np.array(one["fused bf16"]) - np.array(one[best])
+        drawn += gained[rng.integers(len(gained), size=(RESAMPLES, len(gained)))].mean(axis=1) / len(sets)
+    low, high = np.quantile(drawn, (0.025, 0.975))
+    return signed([mean("fused bf16") - mean(best), float(low), float(high)])
 
 
 def accuracy() -> Iterator[str]:
@@ -456,6 +467,17 @@ def _scores(folder: Path, metric: str) -> dict[str, dict[str, float]]:
     return found
 
 
+def worth() -> Iterator[str]:
+    """What a sharer adds to the answers that a receiver is taught, in nats."""
+    names = ("right", "wrong", "zeroed", "none", "self")
+    yield f"| kind of row | rows | {' | '.join(names)} | gain |"
+    yield "| --- " * (len(names) + 3) + "|"
+    for row in json.loads((FUSED / "gain.json").read_text("utf-8"))["measured"]:
+        cells = [f"{row[name][0]:.3f}" for name in names]
+        mean, low, high = row["gain"]
+        yield f"| {row['kind']} | {row['rows']} | {' | '.join(cells)} | {mean:+.3f} [{low:+.3f}, {high:+.3f}] |"
+
+
 def _fused_head(first: str, names: Sequence[str]) -> Iterator[str]:
     yield f"| {first} | items | {' | '.join(name.removesuffix(' bf16') for name in names)} | gain |"
     yield "| --- " * (len(names) + 3) + "|"
@@ -477,6 +499,7 @@ def _fused_scores(pair: str, task: str, protocol: str) -> dict[str, list[float]]
     metric = FUSED_METRICS[protocol]
     scores = {arm: {row["id"]: 100 * row["scores"][metric] for row in listed} for arm, listed in rows.items()}
     answered = [key for key in scores["receiver"] if all(key in found for found in scores.values())]
+    assert early.exists() or all(len(found) == len(answered) for found in scores.values())
     return {arm: [found[key] for key in answered] for arm, found in scores.items()}
 
 
@@ -564,10 +587,10 @@ def pooled() -> Iterator[str]:
         for name, row in rows.items():
             if row["kind"] == "cache":
                 width = int(name.partition("width=")[2] or 1024) // pool
-                other = single.get(f"{name.partition(' width')[0]} width={width}", {}) if pool > 1 else {}
-                more = [value - other[key] for key, value in scores[name].items()] if other else []
-                others = [f"{rows[name.replace('cache', other, 1)]['f1'][0]:.1f}" for other in ("wrong", "zeroed")]
-                cells = [figure("f1", row["f1"]), *others, signed(row["gain"]), f"{row['nll']:.2f}"]
+                alike = single.get(f"{name.partition(' width')[0]} width={width}", {}) if pool > 1 else {}
+                more = [value - alike[key] for key, value in scores[name].items()] if alike else []
+                controls = [f"{rows[name.replace('cache', kind, 1)]['f1'][0]:.1f}" for kind in ("wrong", "zeroed")]
+                cells = [figure("f1", row["f1"]), *controls, signed(row["gain"]), f"{row['nll']:.2f}"]
                 cells.append(signed(bootstrap(more).rounded()) if more else "")
                 sent = f"{name.removeprefix('cache ')} | {row['bytes'] / tokens:,.0f}"
                 yield f"| {pool} | {sent} | {' | '.join(cells)} |"
@@ -575,9 +598,15 @@ def pooled() -> Iterator[str]:
     found = [json.loads((SLOTS / f"pool{pool}.text.json").read_text())["kl"] for pool in POOLS]
     yield f"| plain text, KL | {' | '.join(f'{pool} a latent' for pool in POOLS)} |"
     yield "| --- " * (len(POOLS) + 1) + "|"
-    for way in found[0]:
-        cells = ["{:.2f} [{:.2f}, {:.2f}]".format(*one[way]) for one in found]
-        yield f"| {way} | {' | '.join(cells)} |"
+    ways = {"whole latents, bf16": ["1024 bf16"] * len(POOLS)}
+    for size in (512, 256, 128, 64, 32, 16, 8, 4):
+        ways[f"4 bits, {size} bytes a token"] = [f"{2 * size * pool} int4" for pool in POOLS]
+    for title, names in {**ways, **{way: [way] * len(POOLS) for way in ("another passage", "zeroed")}}.items():
+        cells = [
+            "{:.2f} [{:.2f}, {:.2f}]".format(*one[way]) if way in one else ""
+            for one, way in zip(found, names, strict=True)
+        ]
+        yield f"| {title} | {' | '.join(cells)} |"
 
 
 def joined() -> Iterator[str]:
@@ -587,7 +616,8 @@ def joined() -> Iterator[str]:
     first = {record.id for record in read_records(SLOTS / "pool1")}
     for name, how in SPACE.items():
         rows = rows_of(RESULTS / "translator" / "space" / name)
-        text = figure("f1", rows["text"]["f1"]) if "text" in rows else ""
+        read = rows if "text" in rows else rows_of(RESULTS / "translator" / "space" / READ_BY[name])
+        text = figure("f1", read["text"]["f1"])
         for plan in ("bf16", "int4:token width=256"):
             ours, *controls = (rows[f"{kind} {plan}"] for kind in ("cache", "wrong", "zeroed"))
             cells = [f"{rows['receiver']['f1'][0]:.1f}", text, figure("f1", ours["f1"])]
@@ -599,15 +629,18 @@ def joined() -> Iterator[str]:
     ):
         for plan in ("bf16", "int4:token width=256"):
             arms = ("receiver", "text", *(f"{kind} {plan}" for kind in ("cache", "wrong", "zeroed")))
-            every = _scores(folder, "f1")
-            if not all(arm in every for arm in arms):
+            every = {arm: found for arm, found in _scores(folder, "f1").items() if arm in arms}
+            if arms[2] not in every:
                 continue
-            scores = {arm: {key: every[arm][key] for key in every[arm] if key in first} for arm in arms}
+            scores = {arm: {key: found[key] for key in found if key in first} for arm, found in every.items()}
             means = {arm: bootstrap(list(found.values())).rounded() for arm, found in scores.items()}
-            best = max(arms[3:], key=lambda arm: means[arm][0])
-            gain = bootstrap([value - scores[best][key] for key, value in scores[arms[2]].items()]).rounded()
             cells = [f"{means[arms[0]][0]:.1f}", *(figure("f1", means[arm]) for arm in arms[1:3])]
-            cells += [f"{means[arm][0]:.1f}" for arm in arms[3:]] + [signed(gain)]
+            cells += [f"{means[arm][0]:.1f}" if arm in means else "" for arm in arms[3:]]
+            controls = [arm for arm in arms[3:] if arm in means]
+            if controls:
+                best = max(controls, key=lambda arm: means[arm][0])
+                more = [value - scores[best][key] for key, value in scores[arms[2]].items()]
+            cells.append(signed(bootstrap(more).rounded()) if controls else "")
             yield f"| {name} | {how} | {plan} | {' | '.join(cells)} |"
 
 

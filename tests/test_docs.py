@@ -73,6 +73,7 @@ def test_readme_lists_every_method() -> None:
         ("known", FUSER),
         ("sent", FUSER),
         ("taught", FUSER),
+        ("worth", FUSER),
         ("fusing", FUSER),
         ("waiting", FUSER),
     ],
