@@ -20,6 +20,7 @@ from transformers import (
     StoppingCriteria,
     StoppingCriteriaList,
 )
+from transformers.cache_utils import Cache, DynamicLayer
 from transformers.generation.streamers import BaseStreamer
 
 from kvtalk import bundled
@@ -177,7 +178,7 @@ class LM:
         counts = (positions != PADDING).sum(dim=1, keepdim=True)
         steps = torch.arange(positions.shape[1])
         ids = ids.gather(1, (steps - counts) % len(steps))
-        cache = DynamicCache()
+        cache = Cache(layer_class_to_replicate=_Read)
         output = self.model.get_decoder()(input_ids=sent(ids, self.device), past_key_values=cache, use_cache=True)
         positions = torch.where(steps < counts, steps, PADDING)
         return KVCache.from_transformers(cache, positions), torch.as_tensor(output.last_hidden_state)
@@ -359,6 +360,16 @@ class LM:
         if end is None:
             return [0]
         return list(end) if isinstance(end, (list, tuple)) else [int(end)]
+
+
+class _Read(DynamicLayer):  # type: ignore[misc]
+    """A layer that is read into once, which need not join what comes with what was there."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Keep it, in memory of its own."""
+        self.keys, self.values = key_states.contiguous(), value_states.contiguous()
+        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+        return self.keys, self.values
 
 
 class _Watch(StoppingCriteria):  # type: ignore[misc]
