@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from transformers import PreTrainedTokenizerBase
 
@@ -48,12 +49,14 @@ def readings(
         begin: tokens before each; by default its BOS where its tokenizer adds one.
     """
     first = list(bos(tokenizer) if begin is None else begin)
-
-    def ids(text: str) -> list[int]:
-        return list(tokenizer(text, add_special_tokens=False).input_ids) if text else []
-
     found = []
     for prompt, shared in zip(prompts, tokenize(tokenizer, [prompt.shared for prompt in prompts]), strict=True):
-        before = first + ids(prompt.before)
-        found.append(Reading([*before, *shared.ids, *ids(prompt.after)], len(before), shared))
+        before = [*first, *_ids(tokenizer, prompt.before)]
+        found.append(Reading([*before, *shared.ids, *_ids(tokenizer, prompt.after)], len(before), shared))
     return found
+
+
+@lru_cache(maxsize=64)
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
+    """Of a model's own words, which most prompts have the same."""
+    return tuple(tokenizer(text, add_special_tokens=False).input_ids) if text else ()
