@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import groupby
 from typing import Protocol, Self
 
 import torch
@@ -17,11 +18,15 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
+from kvtalk.device import sent
 from kvtalk.errors import CacheError
 from kvtalk.rope import AngleTable, rotate
 from kvtalk.spec import ModelSpec
 
 PADDING = -1
+
+AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 26}
+"""Values of all layers' keys that are packed or turned in one go at most: it takes a second copy of them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,10 +73,12 @@ class LayerCache:
         """This layer's rows and those of others of its kind, right-padded to the longest."""
         layers = (self, *others)
         longest = max(layer.tokens for layer in layers)
+        scores = [_padded(layer.scores, longest, 1, 0) for layer in layers if layer.scores is not None]
         return LayerCache(
             torch.cat([_padded(layer.keys, longest, 2, 0) for layer in layers]),
             torch.cat([_padded(layer.values, longest, 2, 0) for layer in layers]),
             torch.cat([_padded(layer.positions, longest, 1, PADDING) for layer in layers]),
+            torch.cat(scores) if len(scores) == len(layers) else None,
         )
 
     def take(self, indices: Tensor) -> LayerCache:
@@ -81,7 +88,7 @@ class LayerCache:
             indices: ``[kept]`` for every row, or ``[batch, kept]``.
         """
         indices = indices.expand(len(self.positions), -1)
-        columns = indices.to(self.keys.device)[:, None, :, None].expand(-1, *self.keys.shape[1:2], -1, self.shape[1])
+        columns = sent(indices, self.keys.device)[:, None, :, None].expand(-1, *self.keys.shape[1:2], -1, self.shape[1])
         return LayerCache(
             self.keys.gather(2, columns),
             self.values.gather(2, columns),
@@ -139,21 +146,11 @@ class KVCache:
     @cached_property
     def extents(self) -> tuple[tuple[Extent, ...], ...]:
         """What each layer holds of each sequence; all that the size of a packet depends on."""
-        layers = []
+        known: dict[int, list[Extent]] = {}
         for layer in self.layers:
-            real = layer.positions != PADDING
-            counts = real.sum(dim=1).tolist()
-            if not layer.tokens:
-                layers.append([Extent(0, 0, 0)] * self.batch)
-                continue
-            firsts = layer.positions.masked_fill(~real, torch.iinfo(torch.long).max).amin(dim=1).tolist()
-            lasts = layer.positions.amax(dim=1).tolist()
-            layers.append(
-                [
-                    Extent(first, last - first + 1, count) if count else Extent(0, 0, 0)
-                    for first, last, count in zip(firsts, lasts, counts, strict=True)
-                ]
-            )
+            if id(layer.positions) not in known:
+                known[id(layer.positions)] = _extents(layer.positions)
+        layers = [known[id(layer.positions)] for layer in self.layers]
         return tuple(zip(*layers, strict=True))
 
     @classmethod
@@ -390,6 +387,59 @@ class Prefix:
     def extent(self, gaps: bool) -> int:
         """Positions it takes up at the receiver, with or without its holes."""
         return self.length - self.start if gaps else self.longest
+
+
+def unpacked(
+    prefixes: Sequence[Prefix], spec: ModelSpec, device: torch.device | str
+) -> tuple[list[LayerCache], Tensor]:
+    """Caches side by side, one row each, right-padded; neighbouring layers that lie alike are read in one go.
+
+    Args:
+        prefixes: of one sequence each.
+        spec: of the model that made them, all layers of one shape.
+        device: where to.
+
+    Returns:
+        the layers, and the positions of all of them from each prefix's start on, ``[layers, batch, tokens]`` on the
+        CPU.
+
+    Raises:
+        CacheError: a prefix does not have the model's layers.
+    """
+    rows = [list(prefix.layers) for prefix in prefixes]
+    if any(len(row) != len(spec.layers) for row in rows):
+        raise CacheError(f"a received cache has other layers than the model's {len(spec.layers)}")
+    sources = [source for layer in zip(*rows, strict=True) for source in layer]
+    kv_heads, head_dim = sources[0].shape
+    longest = max(source.positions.shape[1] for source in sources)
+    keys = torch.zeros(len(sources), kv_heads, longest, head_dim, dtype=spec.dtype, device=device)
+    values, positions = torch.zeros_like(keys), torch.full((len(sources), longest), PADDING)
+    for _, run in groupby(range(len(sources)), lambda number: sources[number].kind):
+        first, *others = run
+        joined = sources[first].stacked([sources[other] for other in others]) if others else sources[first]
+        tokens, there = joined.positions.shape[1], slice(first, first + 1 + len(others))
+        if tokens:
+            joined.keys_into(keys[there, :, :tokens])
+            joined.values_into(values[there, :, :tokens])
+            positions[there, :tokens] = joined.positions
+    keys, values, positions = (one.view(len(spec.layers), -1, *one.shape[1:]) for one in (keys, values, positions))
+    starts = torch.tensor([prefix.start for prefix in prefixes])[:, None]
+    positions = torch.where(positions == PADDING, PADDING, positions - starts)
+    return [LayerCache(*one) for one in zip(keys, values, positions, strict=True)], positions
+
+
+def _extents(positions: Tensor) -> list[Extent]:
+    """Of each row of a layer's positions."""
+    if not positions.shape[1]:
+        return [Extent(0, 0, 0)] * len(positions)
+    real = positions != PADDING
+    counts = real.sum(dim=1).tolist()
+    firsts = positions.masked_fill(~real, torch.iinfo(torch.long).max).amin(dim=1).tolist()
+    lasts = positions.amax(dim=1).tolist()
+    return [
+        Extent(first, last - first + 1, count) if count else Extent(0, 0, 0)
+        for first, last, count in zip(firsts, lasts, counts, strict=True)
+    ]
 
 
 def _padded(tensor: Tensor, longest: int, dim: int, value: int) -> Tensor:

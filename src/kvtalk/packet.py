@@ -20,7 +20,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from kvtalk.cache import PADDING, KVCache, LayerCache, LayerSource, Prefix
+from kvtalk.cache import AT_ONCE, PADDING, KVCache, LayerCache, LayerSource, Prefix
 from kvtalk.codecs import NOTHING, codec
 from kvtalk.errors import CacheError, CodecError, PacketError
 from kvtalk.layout import SECTIONS, LayerLayout, Layout
@@ -106,7 +106,7 @@ def encode_rows(
 def write(
     target: BinaryIO | Memory, cache: KVCache, plan: Plan, spec: ModelSpec, start: int = 0, parts: int = 1
 ) -> int:
-    """Write one packet, or a stream of ``parts`` packets by layer group, holding one layer at a time.
+    """Write one packet, or a stream of ``parts`` packets by layer group, holding few layers at a time.
 
     Returns:
         bytes written, what :func:`predict` said.
@@ -150,6 +150,9 @@ class PackedLayer:
         """This layer's rows and those of others of its kind, right-padded to the longest; all of one row each."""
         layers = (self, *others)
         longest = max((layer.layout for layer in layers), key=lambda layout: layout.kept)
+        if all(layer.layout.kept == longest.kept for layer in layers):
+            joined = {name: torch.cat([getattr(layer, name) for layer in layers]) for name in SECTIONS[:4]}
+            return PackedLayer(longest, torch.cat([layer.positions for layer in layers]), **joined)
         positions = torch.full((len(layers), longest.kept), PADDING, dtype=torch.long)
         for row, layer in zip(positions, layers, strict=True):
             row[: layer.layout.kept] = layer.positions[0]
@@ -251,14 +254,19 @@ class Packet:
             PacketError: a mask that does not keep what the manifest says.
         """
         cursors = dict.fromkeys(SECTIONS, 0)
+        sections = {name: self._section(name) for name in SECTIONS}
+        known: dict[tuple[int, ...], Tensor] = {}
         for layer, offset in zip(self.layout.layers, self.layout.mask_offsets(), strict=True):
             taken = {}
             for name, size in layer.sizes.items():
-                taken[name] = self._section(name)[cursors[name] : cursors[name] + size]
+                taken[name] = sections[name][cursors[name] : cursors[name] + size]
                 cursors[name] += size
-            yield PackedLayer(layer, self._positions(layer, offset), **taken)
+            where = layer.first, layer.span, layer.kept, -1 if offset is None else offset
+            if where not in known:
+                known[where] = self._positions(layer, offset)
+            yield PackedLayer(layer, known[where], **taken)
             for name in taken:  # from the section's start: reading on maps some pages before it again
-                self._give_back(self._section(name)[: cursors[name]])
+                self._give_back(sections[name][: cursors[name]])
 
     def _give_back(self, part: Tensor) -> None:
         """Let go of the memory of a part that was read, if it is mapped from a file; it can be read again."""
@@ -538,37 +546,68 @@ class _Writer:
 def _write_part(
     targets: Sequence[BinaryIO | Memory], cache: KVCache, plan: Plan, spec: ModelSpec, drafts: Sequence[_Draft]
 ) -> None:
-    """Choose and encode layer by layer, all rows together, each row's bytes to its own target."""
+    """Choose and encode, all rows and neighbouring layers that are alike in one go, each row's bytes to its target."""
     writers = [_Writer(target, draft) for target, draft in zip(targets, drafts, strict=True)]
     table = AngleTable(cache.layers[0].keys.device)
     begin = drafts[0].layout.begin
-    for index in range(len(drafts[0].layout.layers)):
-        counts = [draft.layout.layers[index].kept for draft in drafts]
+    for run in _alike(cache, plan, spec, drafts):
+        counts = [draft.layout.layers[run[0]].kept for draft in drafts]
         rows = [row for row, count in enumerate(counts) if count]
         if not rows:
             continue
-        layer = cache.layers[begin + index]
+        layers = [cache.layers[begin + index] for index in run]
         if len(rows) < len(counts):
-            layer, counts = layer.of_rows(rows), [counts[row] for row in rows]
-        layer = plan.choose(layer, counts)
-        keys, rope = layer.keys, spec.layers[begin + index].rope
+            layers, counts = [layer.of_rows(rows) for layer in layers], [counts[row] for row in rows]
+        layer = layers[0] if len(run) == 1 else layers[0].stacked(layers[1:])
+        layer = plan.choose(layer, counts * len(run))
+        keys, rope = layer.keys, spec.layers[begin + run[0]].rope
         if plan.rope == "before" and rope is not None:
             keys = rotate(keys, table.angles(rope, layer.positions).inverse())
-        packed = drafts[rows[0]].layout.layers[index]
+        packed = drafts[rows[0]].layout.layers[run[0]]
         for side, tensor, name in (("key", keys, packed.keys), ("value", layer.values, packed.values)):
             try:
                 codes, scales = codec(name).encode(tensor.flatten(0, 1))
             except CodecError as error:
-                raise CacheError(f"{side}s of layer {begin + index}: {error}") from error
-            codes, scales = (x.cpu().view(len(rows), layer.shape[0], -1) for x in (codes, scales))
+                which = begin + run[_refused(name, tensor.chunk(len(run)))]
+                raise CacheError(f"{side}s of layer {which}: {error}") from error
+            codes, scales = (x.cpu().view(len(run), len(rows), layer.shape[0], -1) for x in (codes, scales))
             for number, row in enumerate(rows):
-                layout = drafts[row].layout.layers[index]
+                layout = drafts[row].layout.layers[run[0]]
                 for section, data in ((f"{side}s", codes), (f"{side}_scales", scales)):
-                    writers[row].put(section, data[number, :, : layout.sizes[section] // layout.kv_heads])
+                    writers[row].put(section, data[:, number, :, : layout.sizes[section] // layout.kv_heads])
         for number, row in enumerate(rows):
-            writers[row].put_mask(index, layer.positions[number, : counts[number]])
+            for index, positions in zip(run, layer.positions.view(len(run), len(rows), -1)[:, number], strict=True):
+                writers[row].put_mask(index, positions[: counts[number]])
     for writer in writers:
         writer.finish()
+
+
+def _alike(cache: KVCache, plan: Plan, spec: ModelSpec, drafts: Sequence[_Draft]) -> list[list[int]]:
+    """Neighbouring layers of a part that are packed alike in every row, so few that they may be packed in one go."""
+    begin = drafts[0].layout.begin
+    most = AT_ONCE.get(cache.layers[0].keys.device.type, 0)
+    runs: list[list[int]] = []
+    before: object = None
+    for index, shape in enumerate(spec.layers[begin : begin + len(drafts[0].layout.layers)]):
+        layer = cache.layers[begin + index]
+        turned = plan.rope == "before" and shape.rope is not None  # such layers share the angles of equal positions
+        kind = layer.kind, layer.tokens, turned, [draft.layout.layers[index] for draft in drafts]
+        if kind == before and not turned and (len(runs[-1]) + 1) * layer.keys.numel() <= most:
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+        before = kind
+    return runs
+
+
+def _refused(name: str, tensors: Sequence[Tensor]) -> int:
+    """The first of some tensors that a codec cannot pack."""
+    for number, tensor in enumerate(tensors[:-1]):
+        try:
+            codec(name).encode(tensor.flatten(0, 1))
+        except CodecError:
+            return number
+    return len(tensors) - 1
 
 
 def _mask(positions: Tensor, layer: LayerLayout) -> Tensor:

@@ -21,12 +21,11 @@ from kvtalk.adapters.slots import Network, bare_layers, read_of
 from kvtalk.adapters.weights import load_fuser, load_predictor, open_slots
 from kvtalk.alignment.readings import readings
 from kvtalk.alignment.tokens import aligned, tokenize
-from kvtalk.cache import PADDING, KVCache, LayerCache, Prefix
+from kvtalk.cache import PADDING, KVCache, LayerCache, Prefix, unpacked
 from kvtalk.codecs import NOTHING
 from kvtalk.device import sent
 from kvtalk.errors import AdapterError, AlignmentError, InputError, PacketError
 from kvtalk.models import LM
-from kvtalk.placement import place
 from kvtalk.planning import Plan
 from kvtalk.selection.tokens import FORETOLD
 from kvtalk.shared_prompts import Prompt, text_digest
@@ -199,21 +198,20 @@ class ReceiverSide:
         pairs = enriched_of(paired(theirs, counts, own.read, self.geometry), own.read, self.geometry)
         if own.start:
             pairs = replace(pairs, ours=pairs.ours + own.start)
-        received = place(self.spec, None, [[prefix] for prefix in prefixes], room=0, device=self.lm.device).to_cache()
-        if not all(received.layers[layer].tokens for layer in self.fuser.sharer_layers):
+        received, positions = unpacked(prefixes, self.spec, self.lm.device)
+        read = self.fuser.sharer_layers
+        if not bool((positions[read] != PADDING).any(dim=2).any(dim=1).all()):
             raise PacketError("layers", "a layer that this fuser reads did not cross")
-        columns = {layer: _columns(received.layers[layer].positions, pairs) for layer in self.fuser.sharer_layers}
-        held = torch.zeros(len(pairs.rows), dtype=torch.bool)
-        for where in columns.values():
-            held |= where >= 0
-        pairs, columns = pairs.at(held), {layer: where[held] for layer, where in columns.items()}
+        columns = _columns(positions[read], pairs)
+        held = (columns >= 0).any(dim=0)
+        pairs, columns = pairs.at(held), columns[:, held]
         if not len(pairs.rows) or not self.fuser.slots:
             return []
         slots = read_of(self.geometry, self.fuser.slots)
-        there = sent(torch.stack([columns[layer] for layer, _ in slots]), self.lm.device)
+        there = sent(columns[[read.index(layer) for layer, _ in slots]], self.lm.device)
         once, owners = pairs.once()
         once, rows, owners = once.to(self.lm.device), *sent(torch.stack([pairs.rows, owners]), self.lm.device)
-        added = self._network.added(received.layers, rows, there, owners, own.cache, once)
+        added = self._network.added(received, rows, there, owners, own.cache, once)
         return [Addition(once, self.fuser.slots, added, self.geometry.last)]
 
 
@@ -263,16 +261,15 @@ def receiver_side(name: str | Path, receiver: LM) -> ReceiverSide:
 
 
 def _columns(positions: Tensor, pairs: Pairs) -> Tensor:
-    """In which column of a layer each pair's sharer token lies, −1 where it was not sent.
+    """In which column of each layer each pair's sharer token lies, −1 where it was not sent, ``[layers, pairs]``.
 
     Args:
-        positions: of the layer's tokens, ``[rows, tokens]``.
+        positions: of the layers' tokens, ``[layers, rows, tokens]``.
         pairs: aligned tokens.
     """
     longest = 1 + max(int(positions.max()) if positions.numel() else 0, int(pairs.theirs.max()))
-    table = torch.full((len(positions), longest + 1), -1)
-    rows = torch.arange(len(positions))[:, None].expand_as(positions)
+    table = torch.full((*positions.shape[:2], longest + 1), -1)
     where = torch.where(positions == PADDING, longest, positions)
-    table[rows, where] = torch.arange(positions.shape[1]).expand_as(positions)
-    table[:, longest] = -1
-    return table[pairs.rows, pairs.theirs]
+    table.scatter_(2, where, torch.arange(positions.shape[2]).expand_as(positions))
+    table[:, :, longest] = -1
+    return table[:, pairs.rows, pairs.theirs]
