@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kvtalk.adapters.enriched import Addition, enriched
+from kvtalk.adapters.enriched import Addition, enrich
 from kvtalk.adapters.fuser import Fuser, FuserGeometry, Shape, narrowed
 from kvtalk.adapters.pairs import Pairs
 from kvtalk.adapters.slots import Network
@@ -101,8 +101,9 @@ def stacked(fuser: Fuser, network: Network, sharer: KVCache, own: KVCache, pairs
     pairs = pairs.to(there.device)
     owners = torch.arange(len(pairs.rows), device=there.device)
     added = network.added(sharer.layers, pairs.rows, there, owners, own, pairs)
-    layers = [(layer.keys, layer.values) for layer in own.layers]
-    return enriched(layers, Addition(pairs, slots, added, fuser.geometry.last))
+    held = torch.stack([tensor for layer in own.layers for tensor in (layer.keys, layer.values)])
+    enrich(held, Addition(pairs, slots, added, fuser.geometry.last))
+    return list(zip(held[::2].unbind(), held[1::2].unbind(), strict=True))
 
 
 def by_layer(slots: nn.ModuleList, sharer: KVCache, own: KVCache) -> list[tuple[Tensor, Tensor]]:

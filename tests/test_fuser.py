@@ -23,7 +23,7 @@ from conftest import ARCHITECTURES, byte_tokenizer, tiny_lm
 from kvtalk import Budget, Link, Plan
 from kvtalk.adapters import cards, fusing, weights
 from kvtalk.adapters.cards import CARD, Party, read_card
-from kvtalk.adapters.enriched import Addition, Own, enriched
+from kvtalk.adapters.enriched import Addition, Own, enrich
 from kvtalk.adapters.fuser import Fuser, FuserGeometry, Shape, narrowed
 from kvtalk.adapters.fusing import ReceiverSide, SharerSide
 from kvtalk.adapters.pairs import Pairs, paired
@@ -613,7 +613,7 @@ def test_more_layers_take_no_more_operators(rope: str) -> None:
     receiver = tiny_lm("qwen2")
     cache = Own(receiver, PROMPTS).cache
     pairs = Pairs(torch.tensor([0, 0, 2]), torch.tensor([3, 5, 1]), torch.tensor([0, 1, 2]))
-    layers = [(layer.keys, layer.values) for layer in cache.layers]
+    both = torch.stack([tensor for layer in cache.layers for tensor in (layer.keys, layer.values)])
 
     def operators(slots: Sequence[int]) -> int:
         held = Slots(slots, receiver.spec, rope, receiver.device)
@@ -621,7 +621,7 @@ def test_more_layers_take_no_more_operators(rope: str) -> None:
             angles = held.angles(pairs.ours)
             own = own_vectors(cache, pairs, held, angles)
             added = held.turned(own, angles)
-            enriched(layers, Addition(pairs, held.which, added, last=True))
+            enrich(both, Addition(pairs, held.which, added, last=True))
         return counted.count
 
     assert operators(range(8)) == operators([2, 3]) < 24

@@ -22,15 +22,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from kvtalk.cache import PADDING, KVCache, LayerCache, LayerSource, Prefix
+from kvtalk.cache import AT_ONCE, PADDING, KVCache, LayerCache, LayerSource, Prefix
 from kvtalk.device import sent
 from kvtalk.errors import CacheError, ModelError
 from kvtalk.rope import AngleTable, rotate, rotate_layers
 from kvtalk.spec import LayerSpec, ModelSpec
 
 _GROWTH = 256
-_AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 26}
-"""Values of all layers' keys that are turned in one go at most: it takes a second copy of them."""
 
 
 class PlacedLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -39,7 +37,7 @@ class PlacedLayer(CacheLayerMixin):  # type: ignore[misc]
     Attributes:
         awaited: keys and values, ``[batch, heads, head_dim]`` each, that stand in for those which the model makes of
             the first token to come; None for none.
-        arriving: at which place of the tokens to come each row has that token, ``[batch]``; None if it does not come.
+        arriving: which of the tokens to come is that one, bool ``[batch, 1, tokens, 1]``; None if it does not come.
     """
 
     is_sliding = False
@@ -60,7 +58,7 @@ class PlacedLayer(CacheLayerMixin):  # type: ignore[misc]
         """Append new tokens in place; grows the buffer when it is full."""
         if self.awaited is not None and self.arriving is not None:
             both = zip((key_states, value_states), self.awaited, strict=True)
-            key_states, value_states = (_replaced(states, one, self.arriving) for states, one in both)
+            key_states, value_states = (_replaced(states, one[:, :, None], self.arriving) for states, one in both)
         if self._keys.requires_grad:  # part of a training step, read once
             self._keys = torch.cat([self.keys, key_states], dim=2)
             self._values = torch.cat([self.values, value_states], dim=2)
@@ -184,7 +182,8 @@ class PlacedCache(Cache):  # type: ignore[misc]
         self._queries = positions
         self.next_positions = positions[:, -1] + 1
         self._masks = {}
-        arriving = real.int().argmax(dim=1) if self.columns == self._before else None
+        awaited = self.columns == self._before and any(layer.awaited is not None for layer in self.layers)
+        arriving = _first(real)[:, None, :, None] if awaited else None
         for layer in self.layers:
             layer.arriving = arriving
         appended = torch.where(real, positions, PADDING)
@@ -361,7 +360,7 @@ def _at_once(layers: Iterable[LayerSource], spec: ModelSpec, device: torch.devic
         if layer.keys.device.type != device.type:
             return None
     keys = [layer.keys for layer in layers]
-    return keys if sum(one.numel() for one in keys) <= _AT_ONCE.get(device.type, 0) else None
+    return keys if sum(one.numel() for one in keys) <= AT_ONCE.get(device.type, 0) else None
 
 
 def _next(index: int, row: int, streams: Sequence[Iterator[_Part]]) -> list[_Part]:
@@ -450,10 +449,14 @@ def _grown(buffer: Tensor, used: int, columns: int) -> Tensor:
     return larger
 
 
+def _first(real: Tensor) -> Tensor:
+    """The first token of each row that is no padding, bool ``[batch, tokens]``."""
+    return torch.arange(real.shape[1], device=real.device) == real.int().argmax(dim=1)[:, None]
+
+
 def _replaced(states: Tensor, awaited: Tensor, where: Tensor) -> Tensor:
     """One token of each row, ``[batch, heads, tokens, head_dim]``, in whose place an awaited one is put."""
-    here = torch.arange(states.shape[2], device=states.device) == where[:, None]
-    return torch.where(here[:, None, :, None], awaited[:, :, None], states)
+    return awaited if states.shape[2] == 1 else torch.where(where, awaited, states)
 
 
 def _shared_tracks(positions: Sequence[Tensor]) -> tuple[list[Tensor], list[int]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -85,35 +85,37 @@ def placed_but_last(lm: LM, cache: KVCache, additions: Sequence[Addition], await
         awaits: whether the last token's keys and values are those of the cache with what is added, or what the model
             makes of it now.
     """
-    layers = [(layer.keys, layer.values) for layer in cache.layers]
+    held = torch.stack([tensor for layer in cache.layers for tensor in (layer.keys, layer.values)])
     for addition in additions:
-        layers = enriched(layers, addition)
+        enrich(held, addition)
     ends = torch.tensor(cache.length) - 1
     rows, last = torch.arange(len(ends)), sent(ends, lm.device)
-    held = [
-        PlacedLayer(
-            keys[:, :, :-1],
-            values[:, :, :-1],
-            keys.shape[2] - 1,
-            (keys[rows, :, last], values[rows, :, last]) if awaits else None,
-        )
-        for keys, values in layers
-    ]
+    both = list(_in_twos(held.unbind()))
+    awaited: Iterable[tuple[Tensor, Tensor] | None] = [None] * len(both)
+    if awaits:
+        awaited = _in_twos(held.transpose(2, 3)[:, sent(rows, lm.device), last].unbind())
+    layers = [PlacedLayer(*one, held.shape[3] - 1, waits) for one, waits in zip(both, awaited, strict=True)]
     tracks: dict[int, Tensor] = {}
     for layer in cache.layers:
         if id(layer.positions) not in tracks:
             track = layer.positions.clone()
             track[rows, ends] = PADDING
             tracks[id(layer.positions)] = track[:, :-1]
-    return PlacedCache(held, [tracks[id(layer.positions)] for layer in cache.layers], last, lm.spec)
+    return PlacedCache(layers, [tracks[id(layer.positions)] for layer in cache.layers], last, lm.spec)
 
 
-def enriched(layers: Sequence[tuple[Tensor, Tensor]], addition: Addition) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values of every layer with an addition; gradients flow into it."""
+def enrich(held: Tensor, addition: Addition) -> None:
+    """Add to the keys and values of a cache, in place; gradients flow into what is added.
+
+    Args:
+        held: of every layer, ``[2 · layers, batch, kv_heads, tokens, head_dim]``, keys before values.
+        addition: what is added.
+    """
     pairs, slots, added = addition.pairs, addition.slots, addition.added
-    held = torch.stack([layers[slot // 2][slot % 2] for slot in slots])
-    held.transpose(2, 3)[:, pairs.rows, pairs.ours] += added.reshape(*added.shape[:2], held.shape[2], -1)
-    made = [list(layer) for layer in layers]
-    for slot, tensor in zip(slots, held.unbind(), strict=True):
-        made[slot // 2][slot % 2] = tensor
-    return [(keys, values) for keys, values in made]
+    places = sent(torch.tensor(slots)[:, None], held.device)
+    held.transpose(2, 3)[places, pairs.rows, pairs.ours] += added.reshape(*added.shape[:2], held.shape[2], -1)
+
+
+def _in_twos(tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Keys and values of each layer."""
+    return zip(tensors[::2], tensors[1::2], strict=True)
