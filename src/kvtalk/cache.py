@@ -26,7 +26,7 @@ from kvtalk.spec import ModelSpec
 PADDING = -1
 
 AT_ONCE = {"cpu": 1 << 20, "cuda": 1 << 26}
-"""Values of all layers' keys that are packed or turned in one go at most: it takes a second copy of them."""
+"""Values of all layers' keys that are packed or placed in one go at most: it takes a second copy of them."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,7 +13,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate, groupby
 from typing import Any
 
@@ -25,7 +26,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from kvtalk.cache import AT_ONCE, PADDING, KVCache, LayerCache, LayerSource, Prefix
 from kvtalk.device import sent
 from kvtalk.errors import CacheError, ModelError
-from kvtalk.rope import AngleTable, rotate, rotate_layers
+from kvtalk.rope import AngleTable, Rope, StackRope, rotate
 from kvtalk.spec import LayerSpec, ModelSpec
 
 _GROWTH = 256
@@ -239,8 +240,11 @@ def place(
         raise CacheError("the head must be one sequence with rotated keys")
     start = 0 if head is None else head.length[0]
     begins = [list(accumulate((one.extent(gaps) for one in row), initial=start)) for row in contexts]
+    ends = torch.tensor([starts[-1] for starts in begins], device=device)
+    if _lie_alike(spec, head, contexts, torch.device(device)):
+        return PlacedCache(*_filled_at_once(spec, head, contexts, begins, room, gaps, device), ends, spec)
     streams = [
-        [_parts(prefix, begin, gaps, spec, device) for prefix, begin in zip(row, starts, strict=False)]
+        [_parts(prefix, begin, gaps) for prefix, begin in zip(row, starts, strict=False)]
         for row, starts in zip(contexts, begins, strict=True)
     ]
     table = AngleTable(device)
@@ -256,8 +260,7 @@ def place(
         before = standing
     if any(next(stream, None) is not None for row in streams for stream in row):
         raise CacheError(f"a received cache has more than the receiver's {len(spec.layers)} layers")
-    ends = [starts[-1] for starts in begins]
-    return PlacedCache(layers, tracks, torch.tensor(ends, device=device), spec)
+    return PlacedCache(layers, tracks, ends, spec)
 
 
 @contextmanager
@@ -320,12 +323,10 @@ class _Part:
         return self.positions.shape[1]
 
 
-def _parts(prefix: Prefix, begin: int, gaps: bool, spec: ModelSpec, device: torch.device | str) -> Iterator[_Part]:
+def _parts(prefix: Prefix, begin: int, gaps: bool) -> Iterator[_Part]:
     """The layers of a prefix, read one by one, with where their tokens come to stand from ``begin`` on."""
-    layers = prefix.layers
-    at_once = _at_once(layers, spec, torch.device(device))
     before: Tensor | None = None
-    for index, layer in enumerate(layers):
+    for layer in prefix.layers:
         if layer.positions is not before:  # else they stand where those of the layer before do
             before = layer.positions
             if gaps:
@@ -335,32 +336,84 @@ def _parts(prefix: Prefix, begin: int, gaps: bool, spec: ModelSpec, device: torc
                 positions = torch.arange(end - before.shape[1], end)[None]
             moved = positions - before if prefix.rotated else positions
             turn = moved if bool(moved.any()) else None
-            if at_once is not None and turn is not None:
-                ropes = [shape.rope for shape in spec.layers]
-                at_once = rotate_layers(at_once, ropes, sent(turn, at_once[0].device))
-        if at_once is not None:
-            assert isinstance(layer, LayerCache)
-            yield _Part(replace(layer, keys=at_once[index]), positions, None)
-        else:
-            yield _Part(layer, positions, turn)
+        yield _Part(layer, positions, turn)
 
 
-def _at_once(layers: Iterable[LayerSource], spec: ModelSpec, device: torch.device) -> list[Tensor] | None:
-    """The keys of a cache in memory whose layers can all be turned in one go, else None.
+def _lie_alike(
+    spec: ModelSpec, head: KVCache | None, contexts: Sequence[Sequence[Prefix]], device: torch.device
+) -> bool:
+    """Whether all layers can be filled in one go: their shape is one, and what they receive lies in memory, at the
+    same positions, and is not so much that a second copy of it costs more than it saves."""
+    shape = spec.layers[0].kv_heads, spec.layers[0].head_dim
+    if any((layer.kv_heads, layer.head_dim) != shape for layer in spec.layers):
+        return False
+    if head is not None and len({layer.tokens for layer in head.layers}) > 1:
+        return False
+    values = 0
+    for layers in (prefix.layers for row in contexts for prefix in row):
+        if not isinstance(layers, tuple) or len(layers) != len(spec.layers):
+            return False
+        for layer in layers:
+            if not isinstance(layer, LayerCache) or layer.positions is not layers[0].positions:
+                return False
+            if layer.shape != shape or layer.keys.dtype != spec.dtype or layer.keys.device.type != device.type:
+                return False
+            values += layer.keys.numel()
+    return 0 < values <= AT_ONCE.get(device.type, 0)
 
-    They hold tokens of the same positions, and are not so many that a second copy costs more than it saves.
+
+def _filled_at_once(
+    spec: ModelSpec,
+    head: KVCache | None,
+    contexts: Sequence[Sequence[Prefix]],
+    begins: Sequence[Sequence[int]],
+    room: int,
+    gaps: bool,
+    device: torch.device | str,
+) -> tuple[list[PlacedLayer], list[Tensor]]:
+    """All layers in one buffer, in as many operations whatever their number; and the positions of each layer."""
+    own = [] if head is None else [(_stacked(head.layers), _Part(head.layers[0], head.layers[0].positions, None))]
+    rows = [
+        own + [(_stacked(one.layers), next(_parts(one, begin, gaps))) for one, begin in zip(row, starts, strict=False)]
+        for row, starts in zip(contexts, begins, strict=True)
+    ]
+    ends = [sum(part.tokens for _, part in row) for row in rows]
+    size = (2 * len(spec.layers), len(rows), spec.layers[0].kv_heads, max(ends) + room, spec.layers[0].head_dim)
+    held = torch.empty(size, dtype=spec.dtype, device=device)
+    rope = _stack_rope(tuple(shape.rope for shape in spec.layers), held.device)
+    for row, parts in enumerate(rows):
+        columns = accumulate((part.tokens for _, part in parts), initial=0)
+        for column, (both, part) in zip(columns, parts, strict=False):
+            there = held[:, row, :, column : column + part.tokens]
+            there.copy_(both)
+            if part.turn is not None:
+                rope.rotate_(there[::2], rope.angles(sent(part.turn[0], held.device)))
+    _blank(held[:, :, :, : max(ends)], ends)
+    track = _track([[part.positions for _, part in row] for row in rows])
+    layers = [PlacedLayer(*both, max(ends)) for both in zip(held[::2].unbind(), held[1::2].unbind(), strict=True)]
+    return layers, [track] * len(layers)
+
+
+def _stacked(layers: Iterable[LayerSource]) -> Tensor:
+    """Keys and values of one sequence's layers in memory, ``[2 · layers, kv_heads, tokens, head_dim]``, by turns."""
+    held = (layer for layer in layers if isinstance(layer, LayerCache))
+    return torch.stack([tensor[0] for layer in held for tensor in (layer.keys, layer.values)])
+
+
+@lru_cache(maxsize=16)
+def _stack_rope(ropes: tuple[Rope | None, ...], device: torch.device) -> StackRope:
+    return StackRope(ropes, device)
+
+
+def _blank(held: Tensor, ends: Sequence[int]) -> None:
+    """Zeros after each row's end, ``[..., rows, kv_heads, tokens, head_dim]``.
+
+    Padding is masked, but a masked NaN left over in memory would still spoil the weighted sum.
     """
-    if not isinstance(layers, tuple) or len(layers) != len(spec.layers):
-        return None
-    for layer, shape in zip(layers, spec.layers, strict=True):
-        if not isinstance(layer, LayerCache) or layer.positions is not layers[0].positions:
-            return None
-        if layer.shape != (shape.kv_heads, shape.head_dim) or layer.keys.dtype != spec.dtype:
-            return None
-        if layer.keys.device.type != device.type:
-            return None
-    keys = [layer.keys for layer in layers]
-    return keys if sum(one.numel() for one in keys) <= AT_ONCE.get(device.type, 0) else None
+    if min(ends, default=held.shape[-2]) < held.shape[-2]:
+        steps = torch.arange(held.shape[-2], device=held.device)
+        beyond = steps >= sent(torch.tensor(ends), held.device)[:, None]
+        held.masked_fill_(beyond[:, None, :, None], 0)
 
 
 def _next(index: int, row: int, streams: Sequence[Iterator[_Part]]) -> list[_Part]:
@@ -413,11 +466,8 @@ def _fill(
         if shape.rope is not None and any(part.turn is not None for part in parts):
             rotate(there, table.angles(shape.rope, _turns(parts)), out=there)
         source.values_into(values[row : row + len(parts), :, column:stop])
-    if min(ends, default=used) < used:
-        # Padding is masked, but a masked NaN left over in memory would still spoil the weighted sum.
-        beyond = torch.arange(used, device=table.device) >= torch.tensor(ends, device=table.device)[:, None]
-        for tensor in (keys, values):
-            tensor[:, :, :used].masked_fill_(beyond[:, None, :, None], 0)
+    for tensor in (keys, values):
+        _blank(tensor[:, :, :used], ends)
     return PlacedLayer(keys, values, used)
 
 
