@@ -356,7 +356,9 @@ def _lie_alike(
         for layer in layers:
             if not isinstance(layer, LayerCache) or layer.positions is not layers[0].positions:
                 return False
-            if layer.shape != shape or layer.keys.dtype != spec.dtype or layer.keys.device.type != device.type:
+            if layer.shape != shape or layer.keys.dtype != spec.dtype:
+                return False
+            if layer.keys.device != layers[0].keys.device or layer.keys.device.type != device.type:
                 return False
             values += layer.keys.numel()
     return 0 < values <= AT_ONCE.get(device.type, 0)
