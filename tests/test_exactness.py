@@ -291,16 +291,29 @@ def test_a_multimodal_gemma_answers_from_a_cache() -> None:
 def test_keys_turned_at_once_are_those_turned_layer_by_layer(arch, rotated, gaps):
     lm = tiny_lm(arch)
     cache, _ = lm.read_whole([lm.encode(TEXT)])
-    cache = (cache if rotated else cache.unrotated(lm.spec)).take([torch.arange(0, cache.length[0], 3)] * 4)
-    positions = cache.layers[0].positions
-    layers = tuple(replace(layer, positions=positions) for layer in cache.layers)
-    one_by_one = (layer for layer in layers)
-    both = [Prefix(held, 0, cache.length[0], positions.shape[1], rotated) for held in (layers, one_by_one)]
-    at_once, single = (place(lm.spec, lm.prefill([[1, 5, 7]]), [[prefix]], gaps=gaps) for prefix in both)
-    for got, expected in zip(at_once.layers, single.layers, strict=True):
+    cache = cache if rotated else cache.unrotated(lm.spec)
+
+    def contexts(in_memory: bool) -> list[list[Prefix]]:
+        """Two rows of two texts and of one, of other lengths."""
+        return [[prefix(3, in_memory), prefix(2, in_memory)], [prefix(2, in_memory)]]
+
+    def prefix(step: int, in_memory: bool) -> Prefix:
+        kept = cache.take([torch.arange(0, cache.length[0], step)] * 4)
+        positions = kept.layers[0].positions
+        layers = tuple(replace(layer, positions=positions) for layer in kept.layers)
+        return Prefix(layers if in_memory else iter(layers), 0, cache.length[0], positions.shape[1], rotated)
+
+    head = lm.prefill([[1, 5, 7]])
+    at_once, single = (place(lm.spec, head, contexts(in_memory), gaps=gaps) for in_memory in (True, False))
+    for got, expected in zip(at_once.to_cache().layers, single.to_cache().layers, strict=True):
         assert torch.equal(got.keys, expected.keys)
         assert torch.equal(got.values, expected.values)
+        assert torch.equal(got.positions, expected.positions)
     assert torch.equal(at_once.next_positions, single.next_positions)
+    assert len({layer.keys.untyped_storage().data_ptr() for layer in at_once.layers}) == 1
+    assert len({layer.keys.untyped_storage().data_ptr() for layer in single.layers}) == len(single.layers)
+    one, other = (lm.logits([[4, 9], [6]], placed, keep=1) for placed in (at_once, single))
+    assert torch.equal(one, other)
 
 
 def test_more_layers_are_turned_by_no_more_operators():
