@@ -103,7 +103,7 @@ def test_generation_from_a_placed_cache_is_native_generation(name: str) -> None:
 def test_bf16_packet_is_the_bf16_models_own_cache(name: str) -> None:
     """A model that computes in bf16 loses nothing in a bf16 packet: the very same keys and values arrive."""
     lm = LM.load(name, dtype=torch.bfloat16, device="cpu")
-    context = lm.encode(unrelated_text("x" * 1500))
+    context = lm.encode(unrelated_text("x" * 400))
     cache = lm.prefill([context]).attendable(lm.spec)
     got = wire.to_cache([Packet.parse(wire.encode(cache, Plan(), lm.spec))], lm.spec)
     for one, other in zip(got.layers, cache.layers, strict=True):
