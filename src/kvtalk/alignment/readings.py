@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 from transformers import PreTrainedTokenizerBase
 
@@ -56,7 +55,6 @@ def readings(
     return found
 
 
-@lru_cache(maxsize=64)
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
-    """Of a model's own words, which most prompts have the same."""
+    """Never kept for the next call: a text before the shared one may be private."""
     return tuple(tokenizer(text, add_special_tokens=False).input_ids) if text else ()
