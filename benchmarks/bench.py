@@ -27,9 +27,9 @@ import torch
 from transformers import DynamicCache
 
 from kvtalk import __version__
-from kvtalk import packet as wire
 from kvtalk.link import Receiver, Sharer
 from kvtalk.models import LM
+from kvtalk.packet_writing import encode, write
 from kvtalk.planning import Plan
 from kvtalk.prompts import BARE
 from kvtalk.transport import file, http
@@ -113,11 +113,11 @@ def measure_memory(name: str, tokens: int) -> dict[str, float]:
             path = Path(folder) / name
             trim()
             with Peak() as memory, file.saving(path) as target:
-                wire.write(target, cache, plan, lm.spec, sharer.start)
+                write(target, cache, plan, lm.spec, sharer.start)
             shares[f"encode_{name}_to_file"] = (memory.added + cache.nbytes) / full
         trim()
         with Peak() as memory:
-            blob = wire.encode(cache, PLAN, lm.spec, sharer.start)
+            blob = encode(cache, PLAN, lm.spec, sharer.start)
         shares["encode_int4_in_memory"] = (memory.added + cache.nbytes) / full
         del cache, blob
         for name in ("int4", "bf16"):

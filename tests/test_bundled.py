@@ -15,7 +15,6 @@ import torch
 
 from conftest import bundled_lm
 from kvtalk import Link, Plan, bundled
-from kvtalk import packet as wire
 from kvtalk.adapters.cards import SHIPPED, Party
 from kvtalk.adapters.halves import receiver_half, sharer_half
 from kvtalk.adapters.store import save_adapter
@@ -35,7 +34,8 @@ from kvtalk.fusion import FusedLink
 from kvtalk.link import Receiver, Sharer
 from kvtalk.loading import sentence_nats
 from kvtalk.models import LM
-from kvtalk.packet import Packet
+from kvtalk.packet import Packet, to_cache
+from kvtalk.packet_writing import encode
 from kvtalk.training.batches import Batches, Example, Recipe
 from kvtalk.training.texts import Texts
 from kvtalk.training.translator import Pair
@@ -105,7 +105,7 @@ def test_bf16_packet_is_the_bf16_models_own_cache(name: str) -> None:
     lm = LM.load(name, dtype=torch.bfloat16, device="cpu")
     context = lm.encode(unrelated_text("x" * 400))
     cache = lm.prefill([context]).attendable(lm.spec)
-    got = wire.to_cache([Packet.parse(wire.encode(cache, Plan(), lm.spec))], lm.spec)
+    got = to_cache([Packet.parse(encode(cache, Plan(), lm.spec))], lm.spec)
     for one, other in zip(got.layers, cache.layers, strict=True):
         assert torch.equal(one.keys, other.keys)
         assert torch.equal(one.values, other.values)

@@ -11,9 +11,10 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
 
 from conftest import ARCHITECTURES, WINDOW, bare_spec, random_cache, tiny_config, tiny_lm
-from kvtalk import packet as wire
 from kvtalk.cache import KVCache, Prefix
 from kvtalk.models import LM
+from kvtalk.packet import prefix, read_stream
+from kvtalk.packet_writing import write
 from kvtalk.placement import PlacedCache, place
 from kvtalk.planning import Plan
 
@@ -40,8 +41,8 @@ def native_generation(lm: LM, ids: list[int], new_tokens: int) -> tuple[int, ...
 
 def through_packet(lm: LM, cache: KVCache, plan: Plan, start: int = 0, parts: int = 1) -> Prefix:
     target = BytesIO()
-    wire.write(target, cache.since(start).attendable(lm.spec), plan, lm.spec, start, parts)
-    return wire.prefix(wire.read_stream(target.getbuffer()), lm.spec)
+    write(target, cache.since(start).attendable(lm.spec), plan, lm.spec, start, parts)
+    return prefix(read_stream(target.getbuffer()), lm.spec)
 
 
 # A packet of 16-bit values is exact for a model that computes in that type; so a float32 model first rounds its cache.

@@ -38,7 +38,8 @@ from kvtalk.errors import AdapterError, AlignmentError, BudgetError, InputError,
 from kvtalk.fusion import FusedReceiver, FusedSharer, Fusion
 from kvtalk.link import Receiver
 from kvtalk.models import LM
-from kvtalk.packet import Packet, predict
+from kvtalk.packet import Packet
+from kvtalk.packet_writing import predict
 from kvtalk.placement import PlacedCache
 from kvtalk.prompts import BARE
 from kvtalk.shared_prompts import Prompt, prompt_of

@@ -10,11 +10,11 @@ import torch
 
 from conftest import tiny_lm
 from kvtalk import Budget, Link, Plan
-from kvtalk import packet as wire
 from kvtalk.errors import BudgetError, InputError, PacketError
 from kvtalk.link import Receiver, Sharer
 from kvtalk.models import LM
-from kvtalk.packet import Packet
+from kvtalk.packet import Packet, read_stream, to_cache
+from kvtalk.packet_writing import encode
 from kvtalk.prompts import EXAMPLES
 from kvtalk.transport import file, http
 
@@ -58,11 +58,11 @@ def test_the_receivers_prompt_does_not_hold_the_context() -> None:
     prompt = lm.tokenizer.decode(lm.head_ids() + link.receiver.prompt(QUESTION))
     assert not any(word in prompt for word in ("Ostrevik", "Berthe", "eels"))
     right = link.receiver.answer(shared.blob, QUESTION, max_new_tokens=12).generation.ids
-    cache = wire.to_cache([Packet.parse(shared.blob)], lm.spec)
+    cache = to_cache([Packet.parse(shared.blob)], lm.spec)
     for layer in cache.layers:
         layer.keys.mul_(-1)
         layer.values.mul_(-1)
-    corrupted = wire.encode(cache, Plan("fp16", "fp16"), lm.spec, link.sharer.start)
+    corrupted = encode(cache, Plan("fp16", "fp16"), lm.spec, link.sharer.start)
     assert link.receiver.answer(corrupted, QUESTION, max_new_tokens=12).generation.ids != right
     other = link.sharer.share("Nobody lives in this town any more, says the letter.", plan=Plan("fp16", "fp16"))
     assert link.receiver.answer(other.blob, QUESTION, max_new_tokens=12).generation.ids != right
@@ -197,4 +197,4 @@ def test_files_that_cannot_be_read_or_written(tmp_path: Path) -> None:
         file.load(tmp_path / "big", max_bytes=10)
     (tmp_path / "empty").write_bytes(b"")
     with pytest.raises(PacketError, match="truncated"):
-        list(wire.read_stream(file.load(tmp_path / "empty")))
+        list(read_stream(file.load(tmp_path / "empty")))

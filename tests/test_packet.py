@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load as safetensors_load
 
 from conftest import bare_spec, random_cache
-from kvtalk import packet as wire
 from kvtalk.cache import KVCache
 from kvtalk.codecs import CODECS
 from kvtalk.errors import CacheError, CodecError, KVTalkError, PacketError
-from kvtalk.packet import Packet
+from kvtalk.packet import Packet, prefix, read_stream, to_cache
+from kvtalk.packet_writing import encode, encode_rows, predict, write
 from kvtalk.placement import place
 from kvtalk.planning import Plan
 from kvtalk.selection.tokens import FORETOLD, TOKEN_POLICIES
@@ -32,7 +32,7 @@ BLOCKS = ("token", "channel", "4x8", "*x1", "8x*", "3x2")
 
 
 def small_packet(plan: Plan = Plan("int4:channel", "int4:token", "before", "value_norm", 3)) -> bytes:
-    return bytes(wire.encode(random_cache(SPEC, 5), plan, SPEC))
+    return bytes(encode(random_cache(SPEC, 5), plan, SPEC))
 
 
 def remade(blob: bytes, **changes: object) -> bytes:
@@ -48,7 +48,7 @@ def remade(blob: bytes, **changes: object) -> bytes:
 
 
 def read_all(blob: bytes, spec: ModelSpec = SPEC) -> KVCache:
-    return wire.to_cache(wire.read_stream(blob), spec)
+    return to_cache(read_stream(blob), spec)
 
 
 plans = st.builds(
@@ -92,9 +92,9 @@ def test_predicted_size_is_the_size(
         plan = replace(plan, layers="all")
     spec = bare_spec(layers, kv_heads, head_dim, window)
     cache = random_cache(spec, tokens, start)
-    predicted = wire.predict(cache, plan, spec, start, min(parts, layers))
+    predicted = predict(cache, plan, spec, start, min(parts, layers))
     target = BytesIO()
-    assert wire.write(target, cache, plan, spec, start, min(parts, layers)) == predicted
+    assert write(target, cache, plan, spec, start, min(parts, layers)) == predicted
     assert len(target.getbuffer()) == predicted
 
 
@@ -106,19 +106,19 @@ def test_predicted_size_is_the_size(
 )
 def test_rows_packed_together_are_those_packed_alone_to_the_byte(plan: Plan, lengths: list[int], start: int) -> None:
     alone = [random_cache(SPEC, tokens, start, seed) for seed, tokens in enumerate(lengths)]
-    together = wire.encode_rows(KVCache.stack(alone), [plan] * len(alone), SPEC, start)
+    together = encode_rows(KVCache.stack(alone), [plan] * len(alone), SPEC, start)
     for cache, blob in zip(alone, together, strict=True):
-        assert blob == wire.encode(cache, plan, SPEC, start)
+        assert blob == encode(cache, plan, SPEC, start)
 
 
 @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 @given(plan=plans, lengths=st.lists(st.integers(1, 90), min_size=2, max_size=4), gaps=st.booleans())
 def test_rows_placed_together_are_those_placed_alone(plan: Plan, lengths: list[int], gaps: bool) -> None:
-    blobs = [wire.encode(random_cache(SPEC, tokens, 3, seed), plan, SPEC, 3) for seed, tokens in enumerate(lengths)]
+    blobs = [encode(random_cache(SPEC, tokens, 3, seed), plan, SPEC, 3) for seed, tokens in enumerate(lengths)]
     head = random_cache(SPEC, 2, seed=9)
 
     def placed(rows: list[memoryview]) -> KVCache:
-        prefixes = [[wire.prefix(wire.read_stream(blob), SPEC)] for blob in rows]
+        prefixes = [[prefix(read_stream(blob), SPEC)] for blob in rows]
         return place(SPEC, head, prefixes, gaps=gaps).to_cache()
 
     together = placed(blobs)
@@ -138,7 +138,7 @@ def test_what_is_read_is_what_was_chosen(plan: Plan, tokens: int, start: int) ->
     sent = plan.layout(cache.extents[0], SPEC).layers
     chosen = [plan.choose(layer, [one.kept]) for layer, one in zip(cache.layers, sent, strict=True)]
     cache = cache.rotated_as(SPEC)
-    got = wire.to_cache([Packet.parse(wire.encode(cache, plan, SPEC, start))], SPEC)
+    got = to_cache([Packet.parse(encode(cache, plan, SPEC, start))], SPEC)
     assert got.length == cache.length
     assert got.rotated == (plan.rope == "after")
     for one, other in zip(got.layers, chosen, strict=True):
@@ -150,7 +150,7 @@ def test_what_is_read_is_what_was_chosen(plan: Plan, tokens: int, start: int) ->
 def test_bf16_packet_is_exact_for_bf16_values() -> None:
     cache = random_cache(SPEC, 9)
     layers = tuple(replace(x, keys=x.keys.bfloat16(), values=x.values.bfloat16()) for x in cache.layers)
-    got = read_all(bytes(wire.encode(KVCache(layers, cache.length), Plan(), SPEC)))
+    got = read_all(bytes(encode(KVCache(layers, cache.length), Plan(), SPEC)))
     for one, other in zip(got.layers, layers, strict=True):
         assert torch.equal(one.keys, other.keys.float())
         assert torch.equal(one.values, other.values.float())
@@ -162,7 +162,7 @@ def test_bf16_packet_is_exact_for_bf16_values() -> None:
 def test_overhead_is_under_one_kilobyte(plan: Plan) -> None:
     for spec, tokens in ((bare_spec(30, 3, 64), 4096), (bare_spec(18, 1, 256, window=512), 4096)):
         layout = plan.layout(random_cache(spec, tokens, 99).extents[0], spec)
-        total = wire.predict(random_cache(spec, tokens, 99), plan, spec, 99)
+        total = predict(random_cache(spec, tokens, 99), plan, spec, 99)
         assert total - sum(layout.section_sizes().values()) < 1000
 
 
@@ -308,19 +308,19 @@ def test_nan_and_infinity_are_named_by_layer(name: str, value: float) -> None:
     cache = random_cache(SPEC, 6)
     cache.layers[1].values[0, 1, 2, 3] = value
     with pytest.raises(CacheError, match="values of layer 1"):
-        wire.encode(cache, Plan(name, name), SPEC)
+        encode(cache, Plan(name, name), SPEC)
 
 
 def test_parts_of_different_caches_do_not_mix() -> None:
     def stream(tokens: int) -> list[Packet]:
         target = BytesIO()
-        wire.write(target, random_cache(SPEC, tokens), Plan(), SPEC, 0, parts=2)
-        return list(wire.read_stream(target.getbuffer()))
+        write(target, random_cache(SPEC, tokens), Plan(), SPEC, 0, parts=2)
+        return list(read_stream(target.getbuffer()))
 
     one, other = stream(5), stream(6)
     for wrong in ([one[0]], [one[1]], [one[0], other[1]], [one[1], one[0]], [*one, one[0]], []):
         with pytest.raises(PacketError):
-            wire.to_cache(wrong, SPEC)
+            to_cache(wrong, SPEC)
 
 
 @settings(max_examples=500, deadline=None)
@@ -355,18 +355,18 @@ def test_random_manifests_never_raise_anything_else(changes: dict[str, object]) 
 def test_an_unrotated_cache_is_not_written_as_rotated() -> None:
     cache = random_cache(SPEC, 5)
     with pytest.raises(CacheError, match="not rotated"):
-        wire.encode(cache.unrotated(SPEC), Plan(), SPEC)
+        encode(cache.unrotated(SPEC), Plan(), SPEC)
     with pytest.raises(CacheError, match="begins before position 2"):
-        wire.encode(cache, Plan(), SPEC, start=2)
-    before = wire.to_cache([Packet.parse(wire.encode(cache, Plan("fp32", "fp32", "before"), SPEC))], SPEC)
-    again = read_all(bytes(wire.encode(before.rotated_as(SPEC), Plan("fp32", "fp32"), SPEC)))
+        encode(cache, Plan(), SPEC, start=2)
+    before = to_cache([Packet.parse(encode(cache, Plan("fp32", "fp32", "before"), SPEC))], SPEC)
+    again = read_all(bytes(encode(before.rotated_as(SPEC), Plan("fp32", "fp32"), SPEC)))
     assert (again.layers[0].keys - cache.layers[0].keys).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("policy", ["front", "value_norm"])
 def test_layers_that_already_have_holes_keep_their_own(policy: str) -> None:
     cache = random_cache(SPEC, 6).take([torch.tensor([0, 2, 5]), torch.tensor([0, 3, 5])])
-    got = read_all(bytes(wire.encode(cache, Plan("fp32", "fp32", tokens=policy), SPEC)))
+    got = read_all(bytes(encode(cache, Plan("fp32", "fp32", tokens=policy), SPEC)))
     assert [layer.positions.tolist() for layer in got.layers] == [[[0, 2, 5]], [[0, 3, 5]]]
     for one, other in zip(got.layers, cache.layers, strict=True):
         assert torch.equal(one.keys, other.keys)
@@ -375,7 +375,7 @@ def test_layers_that_already_have_holes_keep_their_own(policy: str) -> None:
 @pytest.mark.parametrize("name", ["bf16", "int8:token"])
 def test_nan_in_a_received_packet_is_refused(name: str) -> None:
     """Made by someone who also mends the checksums."""
-    blob = bytearray(wire.encode(random_cache(SPEC, 5), Plan(name, name), SPEC))
+    blob = bytearray(encode(random_cache(SPEC, 5), Plan(name, name), SPEC))
     packet = Packet.parse(bytes(blob))
     section = "value_scales" if name.startswith("int8") else "values"
     begin, end = packet.layout.section_ranges()[section]
@@ -393,6 +393,6 @@ def test_sections_may_begin_at_an_odd_byte() -> None:
     spec = bare_spec(1, 1, 12)
     cache = random_cache(spec, 3)
     for plan in (Plan("int2", "int2"), Plan("int2", "fp32"), Plan("int2", "bf16")):
-        assert len(read_all(bytes(wire.encode(cache, plan, spec)), spec).layers) == 1
+        assert len(read_all(bytes(encode(cache, plan, spec)), spec).layers) == 1
     with pytest.raises(CodecError, match="whole bytes"):
-        wire.predict(random_cache(bare_spec(1, 1, 6), 3), Plan("int2", "int2"), bare_spec(1, 1, 6))
+        predict(random_cache(bare_spec(1, 1, 6), 3), Plan("int2", "int2"), bare_spec(1, 1, 6))

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from conftest import tiny_lm
-from kvtalk import Link, Plan, packet
+from kvtalk import Link, Plan
 from kvtalk.adapters.cards import CARD, SHIPPED, Party, read_card
 from kvtalk.adapters.store import Half, join, save_adapter
 from kvtalk.adapters.translator import Geometry, Pairing, Translator, grouped
@@ -19,6 +19,8 @@ from kvtalk.adapters.weights import load_encoder
 from kvtalk.cache import PADDING
 from kvtalk.errors import AdapterError, PacketError, TrainingError
 from kvtalk.models import LM
+from kvtalk.packet import Packet
+from kvtalk.packet_writing import predict
 from kvtalk.training.batches import Batches, Example, Recipe
 from kvtalk.training.linear import begin_decoder, begin_encoder, begin_linear
 from kvtalk.training.loop import Schedule
@@ -96,7 +98,7 @@ def test_an_encoder_whose_parts_are_equal_writes_the_mean_of_each_groups_latents
 @pytest.mark.parametrize("tokens", [1, 3, 4, 5, 8, 11])
 def test_a_latent_stands_where_its_last_token_would_and_the_question_after_the_text(link: Link, tokens: int) -> None:
     blob = link.sharer.share("x" * tokens).blob
-    manifest, layout = packet.Packet.parse(blob).manifest, packet.Packet.parse(blob).layout
+    manifest, layout = Packet.parse(blob).manifest, Packet.parse(blob).layout
     count = math.ceil(tokens / POOL)
     assert (manifest.end, manifest.longest, layout.layers[0].kept) == (tokens, count, count)
     prefix = link.receiver.prefix(blob)
@@ -133,9 +135,9 @@ def test_packets_take_a_share_of_the_bytes_and_their_size_is_predicted(
     for one in (link, Link(*models, adapter=made(*models, tmp_path, pool=1))):
         used = one.sharer.half.plan(Plan.parse(plan))
         cache, blob = one.sharer.read(CONTEXT * 9), one.sharer.share(CONTEXT * 9, plan=used).blob
-        assert len(blob) == packet.predict(cache, used, one.sharer.half.spec(used.width))
+        assert len(blob) == predict(cache, used, one.sharer.half.spec(used.width))
         one.receiver.answer(blob, "What?", max_new_tokens=2)
-        sizes.append(sum(packet.Packet.parse(blob).layout.section_sizes().values()))
+        sizes.append(sum(Packet.parse(blob).layout.section_sizes().values()))
     if "random" not in plan:  # so many latents of either
         assert sizes[0] == pytest.approx(sizes[1] / POOL, rel=0.01)
 

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import bare_spec, random_cache
-from kvtalk import packet as wire
 from kvtalk.cache import KVCache
 from kvtalk.errors import BudgetError, CodecError, KVTalkError, SelectionError
+from kvtalk.packet import Packet, to_cache
+from kvtalk.packet_writing import encode, predict
 from kvtalk.planning import LADDER, Budget, Plan, estimate_distortion, fit
 from kvtalk.selection.layers import select_layers
 from kvtalk.selection.tokens import FORETOLD, TOKEN_POLICIES, kept_count, token_policy
@@ -115,7 +116,7 @@ def test_what_is_no_size_is_refused_with_examples(text: str) -> None:
 
 
 def planned(cache: KVCache, limit: int, base: Plan | None = None) -> Plan:
-    return fit(cache, SPEC, limit, lambda plan: wire.predict(cache, plan, SPEC), base)
+    return fit(cache, SPEC, limit, lambda plan: predict(cache, plan, SPEC), base)
 
 
 @settings(max_examples=150, deadline=None)
@@ -127,20 +128,20 @@ def test_a_packet_never_exceeds_its_budget(limit: int, tokens: int, policy: str)
     except BudgetError as error:
         smallest = int(str(error).split(" takes ")[1].split(" ")[0].replace(",", ""))
         assert smallest > limit
-        assert len(wire.encode(cache, planned(cache, smallest, Plan(tokens=policy)), SPEC)) <= smallest
+        assert len(encode(cache, planned(cache, smallest, Plan(tokens=policy)), SPEC)) <= smallest
         return
-    assert len(wire.encode(cache, plan, SPEC)) <= limit
+    assert len(encode(cache, plan, SPEC)) <= limit
 
 
 def test_a_larger_budget_is_used_and_never_loses_more() -> None:
     cache = random_cache(SPEC, 300)
-    full = wire.predict(cache, Plan(), SPEC)
+    full = predict(cache, Plan(), SPEC)
     losses = []
     for limit in (full, full // 2, full // 3, full // 6, full // 12, full // 30):
         plan = planned(cache, limit)
         sample = cache.unrotated(SPEC) if plan.rope == "before" else cache
         losses.append(estimate_distortion(cache, sample, SPEC, plan))
-        assert wire.predict(cache, plan, SPEC) > 0.6 * limit
+        assert predict(cache, plan, SPEC) > 0.6 * limit
     assert losses == sorted(losses)
     assert planned(cache, full) == Plan()
 
@@ -180,14 +181,14 @@ def test_bad_plans_are_refused(text: str) -> None:
 def test_every_rung_of_the_ladder_is_a_codec() -> None:
     for rung in LADDER:
         plan = replace(Plan(), keys=rung.keys, values=rung.values, rope=rung.rope)
-        wire.encode(random_cache(SPEC, 40), plan, SPEC)
+        encode(random_cache(SPEC, 40), plan, SPEC)
     with pytest.raises(CodecError):
-        wire.predict(random_cache(SPEC, 4), Plan(keys="zip"), SPEC)
+        predict(random_cache(SPEC, 4), Plan(keys="zip"), SPEC)
 
 
 def test_dropping_everything_of_a_layer_leaves_the_others() -> None:
     cache = random_cache(SPEC, 12)
-    got = wire.to_cache([wire.Packet.parse(wire.encode(cache, Plan(layers="last:1"), SPEC))], SPEC)
+    got = to_cache([Packet.parse(encode(cache, Plan(layers="last:1"), SPEC))], SPEC)
     assert [layer.tokens for layer in got.layers] == [0, 12]
     assert torch.equal(got.layers[1].positions, torch.arange(12)[None])
 
@@ -199,7 +200,7 @@ def test_one_token_is_not_all_tokens() -> None:
     assert str(Plan(keep=1)) != str(Plan())
     spec = bare_spec(30, 3, 64)
     cache = random_cache(spec, 300)
-    plan = fit(cache, spec, 60_000, lambda candidate: wire.predict(cache, candidate, spec))
+    plan = fit(cache, spec, 60_000, lambda candidate: predict(cache, candidate, spec))
     assert isinstance(plan.keep, int)
     assert plan.keep > 5
 
@@ -208,14 +209,14 @@ def test_the_smallest_possible_packet_is_the_smallest() -> None:
     spec = bare_spec(30, 3, 64)
     cache = random_cache(spec, 300)
     with pytest.raises(BudgetError) as caught:
-        fit(cache, spec, 2000, lambda plan: wire.predict(cache, plan, spec))
+        fit(cache, spec, 2000, lambda plan: predict(cache, plan, spec))
     smallest = int(str(caught.value).split(" takes ")[1].split(" ")[0].replace(",", ""))
     for name in ("bf16", "int8", "int4", "nf4", "int2", "int4:channel", "int2:32x1"):
-        assert wire.predict(cache, Plan(name, name, keep=1), spec) >= smallest
+        assert predict(cache, Plan(name, name, keep=1), spec) >= smallest
 
 
 def test_values_beyond_the_quantized_codecs_leave_bf16() -> None:
     cache = random_cache(SPEC, 100)
     cache.layers[0].keys[0, 0, 3, 3] = 1e6
-    full = wire.predict(cache, Plan(), SPEC)
+    full = predict(cache, Plan(), SPEC)
     assert planned(cache, full // 2).keys == "bf16"

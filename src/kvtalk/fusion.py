@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from kvtalk import packet as wire
 from kvtalk.adapters.cards import read_card, shipped_for
 from kvtalk.adapters.earlier import Earlier
 from kvtalk.adapters.enriched import Own
@@ -20,6 +19,8 @@ from kvtalk.cache import KVCache, Prefix
 from kvtalk.errors import AdapterError, BudgetError, InputError
 from kvtalk.link import Answer, Cost, Link, Receiver, Sharer, bits_per_value, pack_rows
 from kvtalk.models import LM
+from kvtalk.packet import prefix, read_stream
+from kvtalk.packet_writing import encode_rows, predict
 from kvtalk.placement import PlacedCache
 from kvtalk.planning import LADDER, LAST_RESORT, Budget, Plan, fit
 from kvtalk.shared_prompts import Prompt, prompt_after, prompt_of, text_digest
@@ -69,7 +70,7 @@ class FusedSharer:
         limit = (Budget.parse(budget) if isinstance(budget, str) else budget).bytes_for(cache.length[0], spec)
 
         def size(candidate: Plan) -> int:
-            return wire.predict(cache, candidate, spec, text=text_digest(""))
+            return predict(cache, candidate, spec, text=text_digest(""))
 
         if plan is not None and size(used) <= limit:
             return used
@@ -95,7 +96,7 @@ class FusedSharer:
         def pack(part: KVCache, same: Plan, rows: Sequence[int]) -> list[memoryview]:
             which = [plans[row] for row in rows]
             scored = self.side.scored(part, same)
-            return wire.encode_rows(scored, which, self.side.spec, texts=[texts[row] for row in rows])
+            return encode_rows(scored, which, self.side.spec, texts=[texts[row] for row in rows])
 
         return pack_rows(cache, plans, pack)
 
@@ -130,7 +131,7 @@ class FusedReceiver:
         Raises:
             PacketError: damaged, or of another model.
         """
-        return wire.prefix(wire.read_stream(blob), self.sides[sharer].spec)
+        return prefix(read_stream(blob), self.sides[sharer].spec)
 
     @torch.no_grad()
     def fuse(

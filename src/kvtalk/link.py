@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
-from kvtalk import packet as wire
 from kvtalk.adapters.cards import Card, shipped_for
 from kvtalk.adapters.halves import ReceiverHalf, SharerHalf, both_halves
 from kvtalk.cache import KVCache, LayerSource, Prefix
 from kvtalk.errors import AdapterError, BudgetError, InputError
 from kvtalk.models import LM, Generation
+from kvtalk.packet import prefix, read_stream
+from kvtalk.packet_writing import encode_rows, predict, write
 from kvtalk.planning import Budget, Plan, fit, fit_latent
 from kvtalk.spec import ModelSpec
 
@@ -146,7 +147,7 @@ class Sharer:
         limit = budget.bytes_for(tokens, self.lm.spec)
 
         def size(candidate: Plan) -> int:
-            return wire.predict(cache, candidate, self._spec(candidate), self.start, parts)
+            return predict(cache, candidate, self._spec(candidate), self.start, parts)
 
         if self.half is not None and plan is not None:
             return fit_latent(plan, limit, size, self.half.latent if given is None else None)
@@ -173,7 +174,7 @@ class Sharer:
         plans = plans if self.half is None else [self.half.plan(plan) for plan in plans]
 
         def pack(part: KVCache, same: Plan, rows: Sequence[int]) -> list[memoryview]:
-            return wire.encode_rows(self._cut(part, same), [plans[row] for row in rows], self._spec(same), self.start)
+            return encode_rows(self._cut(part, same), [plans[row] for row in rows], self._spec(same), self.start)
 
         return pack_rows(cache, plans, pack)
 
@@ -212,7 +213,7 @@ class Sharer:
         """
 
         def pack(cache: KVCache, plan: Plan) -> int:
-            return wire.write(target, self._cut(cache, plan), plan, self._spec(plan), self.start, parts)
+            return write(target, self._cut(cache, plan), plan, self._spec(plan), self.start, parts)
 
         return self._send(context, budget, plan, parts, pack)
 
@@ -247,7 +248,7 @@ class Receiver:
         Raises:
             PacketError: damaged, or of another model or adapter.
         """
-        return wire.prefix(wire.read_stream(blob), self.lm.spec if self.half is None else self.half.spec)
+        return prefix(read_stream(blob), self.lm.spec if self.half is None else self.half.spec)
 
     def decode(self, prefixes: Sequence[Prefix]) -> list[Prefix]:
         """What was unpacked as caches of this model's own kind."""
