@@ -15,7 +15,8 @@ from kvtalk.cache import KVCache, Prefix
 from kvtalk.models import LM
 from kvtalk.packet import prefix, read_stream
 from kvtalk.packet_writing import write
-from kvtalk.placement import PlacedCache, place
+from kvtalk.placed import PlacedCache
+from kvtalk.placement import place
 from kvtalk.planning import Plan
 
 TEXT = "The old ferry crossed the river at noon, and nobody on the quay saw who steered it."

@@ -40,7 +40,7 @@ from kvtalk.link import Receiver
 from kvtalk.models import LM
 from kvtalk.packet import Packet
 from kvtalk.packet_writing import predict
-from kvtalk.placement import PlacedCache
+from kvtalk.placed import PlacedCache
 from kvtalk.prompts import BARE
 from kvtalk.shared_prompts import Prompt, prompt_of
 

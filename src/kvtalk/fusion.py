@@ -21,7 +21,7 @@ from kvtalk.link import Answer, Cost, Link, Receiver, Sharer, bits_per_value, pa
 from kvtalk.models import LM
 from kvtalk.packet import prefix, read_stream
 from kvtalk.packet_writing import encode_rows, predict
-from kvtalk.placement import PlacedCache
+from kvtalk.placed import PlacedCache
 from kvtalk.planning import LADDER, LAST_RESORT, Budget, Plan, fit
 from kvtalk.shared_prompts import Prompt, prompt_after, prompt_of, text_digest
 

@@ -28,7 +28,8 @@ from kvtalk.cache import PADDING, KVCache, Prefix
 from kvtalk.device import sent
 from kvtalk.errors import InputError, ModelError
 from kvtalk.loading import bos, default_dtype, from_folder, from_gguf, with_lora
-from kvtalk.placement import PlacedCache, attending, place
+from kvtalk.placed import PlacedCache, attending
+from kvtalk.placement import place
 from kvtalk.prompts import PromptFormat, default_format
 from kvtalk.spec import ModelSpec, read_spec
 

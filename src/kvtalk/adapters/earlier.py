@@ -9,7 +9,7 @@ import torch
 
 from kvtalk.cache import KVCache
 from kvtalk.models import LM
-from kvtalk.placement import PlacedCache, PlacedLayer
+from kvtalk.placed import PlacedCache, PlacedLayer
 
 
 @dataclass

@@ -15,7 +15,7 @@ from kvtalk.cache import PADDING, KVCache
 from kvtalk.device import sent
 from kvtalk.errors import InputError
 from kvtalk.models import LM
-from kvtalk.placement import PlacedCache, PlacedLayer
+from kvtalk.placed import PlacedCache, PlacedLayer
 from kvtalk.shared_prompts import Prompt
 
 

@@ -23,7 +23,7 @@ from kvtalk.evaluation.protocols import Outcome, Protocol
 from kvtalk.evaluation.summary import Record
 from kvtalk.fusion import FusedLink, FusedSharer, Fusion
 from kvtalk.link import Link, Receiver, Sharer, bits_per_value
-from kvtalk.placement import PlacedCache
+from kvtalk.placed import PlacedCache
 from kvtalk.planning import Plan
 from kvtalk.shared_prompts import Prompt
 

@@ -19,7 +19,7 @@ from kvtalk.evaluation.tasks.base import BACKGROUND_PROMPT, LETTER_PROMPT, Task,
 from kvtalk.link import Receiver
 from kvtalk.loading import bos
 from kvtalk.models import LM
-from kvtalk.placement import PlacedCache
+from kvtalk.placed import PlacedCache
 from kvtalk.prompts import has_chat_template, render
 from kvtalk.shared_prompts import Prompt, chat_prompt, prompt_of
 

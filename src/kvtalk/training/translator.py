@@ -33,7 +33,7 @@ from kvtalk.cache import PADDING, KVCache
 from kvtalk.device import sent
 from kvtalk.errors import TrainingError
 from kvtalk.models import LM
-from kvtalk.placement import PlacedCache, PlacedLayer
+from kvtalk.placed import PlacedCache, PlacedLayer
 from kvtalk.rope import rotate_layers
 from kvtalk.training.batches import Batch, Batches, Recipe
 from kvtalk.training.linear import begin_decoder, begin_encoder, begin_linear
