@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -21,7 +19,6 @@ from kvtalk.rope import Rope
 from kvtalk.spec import Fingerprint, LayerSpec, ModelSpec
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-torch.set_num_threads(2)
 transformers.utils.logging.set_verbosity_error()
 
 WINDOW = 16
@@ -63,21 +60,12 @@ ARCHITECTURES = {
 }
 
 
-@contextmanager
-def single_threaded() -> Iterator[None]:
-    """Tiny models gain nothing from a second thread, and wait for it where cores are shared."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    with single_threaded():
-        yield
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Tiny models gain nothing from a second thread, and wait for it where cores are shared; real ones gain."""
+    threads = 2 if item.get_closest_marker("models") else 1
+    torch.set_num_threads(threads)
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # of the processes that a test starts
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

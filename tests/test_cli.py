@@ -16,7 +16,6 @@ from pathlib import Path
 
 import pytest
 
-from conftest import single_threaded
 from kvtalk import cli
 from kvtalk.adapters import cards
 from kvtalk.evaluation.summary import read_records
@@ -38,7 +37,7 @@ def in_process(*arguments: object, text: str | None = None) -> subprocess.Comple
     stdout, stderr, argv, stdin = io.StringIO(), io.StringIO(), sys.argv, sys.stdin
     sys.argv, sys.stdin = ["kvtalk", *map(str, arguments)], io.StringIO(text or "")
     try:
-        with redirect_stdout(stdout), redirect_stderr(stderr), single_threaded(), pytest.raises(SystemExit) as end:
+        with redirect_stdout(stdout), redirect_stderr(stderr), pytest.raises(SystemExit) as end:
             cli.main()
     finally:
         sys.argv, sys.stdin = argv, stdin

@@ -22,8 +22,6 @@ from kvtalk.evaluation.summary import read_records
 from kvtalk.models import LM
 from test_fuser import geometry_of, other_lm, random_fuser
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 NAMES = ("sharer", "gemma3")
 PAIRS = (NAMES, NAMES[::-1])
 

@@ -31,8 +31,6 @@ from kvtalk.models import LM
 from kvtalk.shared_prompts import Prompt
 from test_fuser import geometry_of, other_lm, random_fuser
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 ARC = task_named("arc_easy")
 PROTOCOLS: dict[str, Protocol] = {
     "likelihood": protocol_for(ARC, "likelihood"),

@@ -37,8 +37,6 @@ from kvtalk.training.predictor import Exact, exact, fit_predictor, fitted
 from test_fuser import THEIRS, geometry_of, other_lm, random_fuser
 from test_fuser_training import batches, rows
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 MODELS = other_lm(), tiny_lm("gemma3")
 
 

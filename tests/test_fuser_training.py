@@ -50,8 +50,6 @@ from kvtalk.training.muon import orthogonal
 from kvtalk.training.texts import Question
 from test_fuser import geometry_of, other_lm, random_fuser
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 CHOICE = {"question": "Which gas do the plants take in?", "choices": ["oxygen", "carbon dioxide"], "answer": 1}
 ASKED = {
     "context": "The ferry was built by the Harlow yard.",

@@ -1,6 +1,6 @@
 """What is replayed as a CUDA graph: filled up to a bucket, cut again, and never mixed with another call's."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from conftest import bare_spec, single_threaded
+from conftest import bare_spec
 from kvtalk.adapters import graphs
 from kvtalk.adapters.fuser import Fuser, FuserGeometry, Shape
 from kvtalk.adapters.graphs import Graphed, bucket_of
@@ -34,12 +34,6 @@ class Rerun(Graphed):
         self.recorded.append(inputs[0].shape[1])
         output = self._function(*inputs)
         return output, lambda: output.copy_(self._function(*inputs))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    with single_threaded():
-        yield
 
 
 @pytest.fixture

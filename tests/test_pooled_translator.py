@@ -31,8 +31,6 @@ CONTEXT = "The ferry was built in 1931 by the Harlow yard; naïve people call it
 POOL = 4
 RECIPE = Recipe(Schedule(4, 3e-3, warm_up=2), tokens=256, widths=(16, 32), seed=3, longest=400)
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def geometry(sharer: LM, receiver: LM, pool: int = POOL) -> Geometry:
     sizes = sharer.spec.values_per_token, len(receiver.spec.layers), receiver.spec.values_per_token

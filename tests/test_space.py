@@ -32,8 +32,6 @@ RECIPE = Recipe(Schedule(4, warm_up=1), tokens=128, widths=(16, 32), longest=200
 S, G, G2 = "sharer", "receiver", "second receiver"
 MODELS = {S: lambda: tiny_lm("llama"), G: lambda: tiny_lm("gemma3"), G2: lambda: tiny_lm("qwen3")}
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def geometry(sharer: LM, receiver: LM, **changes: int) -> Geometry:
     sizes = sharer.spec.values_per_token, len(receiver.spec.layers), receiver.spec.values_per_token
