@@ -136,13 +136,14 @@ def test_ask_answers_and_compares(context: Path, tiny_folder: Path) -> None:
 
 
 def test_two_processes_across_a_file(shared: Path, tiny_folder: Path, context: Path) -> None:
-    report = json.loads(kvtalk("inspect", shared, "--json").stdout)[0]
+    report = json.loads(in_process("inspect", shared, "--json").stdout)[0]
     assert report["bytes"] == shared.stat().st_size
     assert report["context_tokens"] == len(CONTEXT)
-    assert "bits per value" in kvtalk("inspect", shared).stdout
+    assert "bits per value" in in_process("inspect", shared).stdout
     options = ["-q", "Who?", "--max-new-tokens", 6, "--json"]
     apart = json.loads(kvtalk("answer", "--cache", shared, "-r", tiny_folder, *options).stdout)
-    together = json.loads(kvtalk("ask", "-c", context, "-s", tiny_folder, "-b", "40%", *options, "--no-compare").stdout)
+    ask = ("ask", "-c", context, "-s", tiny_folder, "-b", "40%", "--no-compare")
+    together = json.loads(in_process(*ask, *options).stdout)
     assert apart["answer"] == together["cache"]["answer"]
     assert apart["bytes"] == together["cache"]["bytes"]
 
@@ -448,7 +449,7 @@ def test_an_evaluation_that_is_interrupted_goes_on(tmp_path: Path, tiny_folder: 
     """Ctrl-C in the middle: exit 130, finished items kept, and the second start counts none of them twice."""
     out = tmp_path / "run"
     plans = ["bf16", "int8", "int4:channel/int4:token before", "nf4"]
-    arguments = ["eval", "--sharer", tiny_folder, "--batch", 2, "--limit", 40, "--metrics", "f1,em,nll", "--out", out]
+    arguments = ["eval", "--sharer", tiny_folder, "--batch", 2, "--limit", 12, "--metrics", "f1,em,nll", "--out", out]
     arguments += ["--arms", "receiver,text,cache,wrong,zeroed"]
     arguments += [option for plan in plans for option in ("--plan", plan)]
     command = [sys.executable, "-m", "kvtalk.cli", *map(str, arguments)]
@@ -468,15 +469,15 @@ def test_an_evaluation_that_is_interrupted_goes_on(tmp_path: Path, tiny_folder: 
     assert process.returncode == 130, errors
     assert "Traceback" not in errors
     kept = log.read_text().count("\n")
-    assert 20 <= kept < 40 * 14
+    assert 20 <= kept < 12 * 14
     with log.open("a") as file:
         file.write('{"id": "cut off in the mid')
     again = kvtalk(*arguments)
     assert again.returncode == 0, again.stderr
     assert not log.exists()
     records = list(read_records(out))
-    assert len(records) == len({(record.id, record.arm) for record in records}) == 40 * 14
-    refused(in_process(*arguments[:5], "--limit", 39, *arguments[7:]), "holds another run", "items")
+    assert len(records) == len({(record.id, record.arm) for record in records}) == 12 * 14
+    refused(in_process(*arguments[:5], "--limit", 11, *arguments[7:]), "holds another run", "items")
     before = (out / "summary.json").read_text()
     (out / "summary.json").unlink()
     assert in_process("eval", "--recompute", out).returncode == 0
