@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+WORKERS ?= 2
 
 .PHONY: help demo test unit lint bench setup
 help:
@@ -26,7 +27,7 @@ demo: $(READY)
 
 unit: $(READY)
 	@echo "== unit tests =="
-	@$(BIN)/python -m pytest -m "not models"
+	@$(BIN)/python -m pytest -m "not models" -n $(WORKERS) --dist worksteal
 
 lint: $(READY)
 	@echo "== ruff and mypy =="
