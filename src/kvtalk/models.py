@@ -79,6 +79,7 @@ class LM:
         self.spec: ModelSpec = read_spec(model, tokenizer)
         self.prompt = prompt or default_format(tokenizer)
         self._heads: dict[tuple[int, ...], KVCache] = {}
+        torch.backends.cuda.enable_cudnn_sdp(False)  # of the whole process: it prepares itself anew for every length
         self._check_placement()
 
     @classmethod

@@ -129,7 +129,6 @@ class Loop:
         Raises:
             TrainingError: the folder holds a run of other settings, or an unknown optimizer.
         """
-        torch.backends.cuda.enable_cudnn_sdp(False)  # it would prepare itself anew for every shape
         gpu = torch.cuda.is_available()
         self.accelerator = Accelerator(cpu=not gpu, mixed_precision="bf16" if gpu else "no")
         self.objective, self.batches, self.schedule, self.out = objective, batches, schedule, out
