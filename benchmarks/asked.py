@@ -1,0 +1,135 @@
+"""Questions about running text, asked and answered by the receiver itself: many more to train on than people wrote.
+
+    python benchmarks/asked.py learn squad_v1_train.jsonl.gz asks.jsonl.gz
+    kvtalk train lora --receiver gemma3-270m --data asks.jsonl.gz --questions 0.9 --steps 250 --tokens 8192 --out asks
+    kvtalk train lora --receiver gemma3-270m --data squad_v1_train.jsonl.gz --questions 0.9 ... --out answers
+    python benchmarks/asked.py want general.jsonl.gz wanted.jsonl.gz --questions 24000
+    kvtalk eval --task squad --data wanted.jsonl.gz --sharer gemma3-270m+asks --receiver gemma3-270m+asks \\
+        --arms text --out asked
+    python benchmarks/asked.py check asked wanted.jsonl.gz check.jsonl.gz
+    kvtalk eval --task squad --data check.jsonl.gz --sharer gemma3-270m+answers --receiver gemma3-270m+answers \\
+        --arms text --out answered
+    python benchmarks/asked.py keep answered check.jsonl.gz asked.jsonl.gz
+
+One LoRA learns from people's questions to ask for an answer that it is given, another one to answer. The first is given
+names, numbers and phrases of passages; what it asks is kept where the second, which does not see the wanted answer,
+finds it again in the passage. Rows have ``id``, ``context``, ``question``, ``answers``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import random
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from cloze import NAME, NUMBER, passages
+
+from kvtalk.evaluation.metrics import f1
+from kvtalk.evaluation.summary import read_records
+
+WANTED = 'Which question about the text has the answer "{}"?'
+PHRASE = re.compile(r"(?<![\w'-])(?:[a-z][\w'-]* ){0,3}[a-z][\w'-]{3,}(?![\w'-])")
+BARE = re.compile(
+    r"\b(?:the|a|an|and|or|but|of|to|in|on|at|by|for|with|from|as|is|was|are|were|be|been|that|which|who|it)\b"
+)
+NAMED = 0.6
+"""Share of the wanted answers that are names or numbers; the others are phrases of up to four plain words."""
+LEAST_F1 = 0.7
+"""Of the answer that was found again."""
+
+Row = dict[str, Any]
+
+
+def learn(rows: Iterable[Row]) -> Iterator[Row]:
+    """People's questions as answers to be learned."""
+    for row in rows:
+        yield {**row, "question": WANTED.format(row["answers"][0]), "answers": [row["question"].strip()]}
+
+
+def want(rows: Iterable[Row], count: int) -> Iterator[Row]:
+    """Passages of texts, each with an answer to ask for."""
+    rng = random.Random(1)
+    texts = dict.fromkeys(row["text"] if "text" in row else row["context"] for row in rows)
+    every = [" ".join(some) for text in texts for some in passages(text, rng)]
+    rng.shuffle(every)
+    made = 0
+    for context in every:
+        answer = _answer(context, rng)
+        if answer is not None:
+            yield {
+                "id": f"asked-{made:05d}",
+                "context": context,
+                "question": WANTED.format(answer),
+                "answers": [answer],
+            }
+            made += 1
+        if made == count:
+            return
+
+
+def _answer(context: str, rng: random.Random) -> str | None:
+    """A name, number or phrase that stands once in a passage."""
+    kinds = [[*NAME.finditer(context), *NUMBER.finditer(context)], [*PHRASE.finditer(context)]]
+    found = [match[0] for match in kinds[rng.random() >= NAMED]]
+    usable = [text for text in found if 2 <= len(text) <= 40 and context.count(text) == 1 and not _bare(text)]
+    return rng.choice(usable) if usable else None
+
+
+def _bare(phrase: str) -> bool:
+    """Whether a phrase begins or ends in a word that says nothing by itself."""
+    words = phrase.split()
+    return any(BARE.fullmatch(word) for word in (words[0], words[-1]))
+
+
+def check(rows: Iterable[Row], answers: dict[str, str]) -> Iterator[Row]:
+    """What was asked, to be answered by a model that does not see what was wanted."""
+    for row in rows:
+        question = answers.get(row["id"], "").strip()
+        if question.endswith("?") and row["answers"][0].lower() not in question.lower():
+            yield {**row, "question": question}
+
+
+def keep(rows: Iterable[Row], answers: dict[str, str]) -> Iterator[Row]:
+    """What was answered as it was wanted."""
+    for row in rows:
+        if f1(answers.get(row["id"], ""), row["answers"]) >= LEAST_F1:
+            yield row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    steps = parser.add_subparsers(dest="step", required=True)
+    for step, lines in {
+        "learn": "people's questions become what a LoRA is to write",
+        "want": "passages and answers to ask for",
+        "check": "what was asked, to be answered",
+        "keep": "what was answered as it was wanted",
+    }.items():
+        one = steps.add_parser(step, help=lines)
+        if step in ("check", "keep"):
+            one.add_argument("results", type=Path, help="folder of kvtalk eval, arm text")
+        one.add_argument("rows", type=Path)
+        one.add_argument("out", type=Path)
+        if step == "want":
+            one.add_argument("--questions", type=int, default=24_000)
+    args = parser.parse_args()
+    with gzip.open(args.rows, "rt", encoding="utf-8") as file:
+        rows = [json.loads(line) for line in file]
+    if args.step in ("check", "keep"):
+        answers = {record.id: record.answer for record in read_records(args.results) if record.arm == "text"}
+        both: Callable[[Iterable[Row], dict[str, str]], Iterator[Row]] = check if args.step == "check" else keep
+        made = list(both(rows, answers))
+    else:
+        made = list(learn(rows) if args.step == "learn" else want(rows, args.questions))
+    with gzip.open(args.out, "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in made)
+    print(f"{len(made):,} of {len(rows):,} rows")
+
+
+if __name__ == "__main__":
+    main()
