@@ -251,7 +251,7 @@ def test_relevance_compares_with_the_reference_and_the_published_one_with_the_qu
 
 
 @pytest.mark.parametrize(
-    ("sharer", "receiver", "least"), [("smollm2-135m", "gemma3-270m", 35), ("gemma3-270m", "smollm2-135m", 25)]
+    ("sharer", "receiver", "least"), [("smollm2-135m", "gemma3-270m", 55), ("gemma3-270m", "smollm2-135m", 35)]
 )
 def test_a_model_answers_from_another_models_cache_and_its_controls_do_not(
     sharer: str, receiver: str, least: int, tmp_path: Path
@@ -259,7 +259,7 @@ def test_a_model_answers_from_another_models_cache_and_its_controls_do_not(
     """Invented texts, which neither the models nor the translator ever saw, by the adapters that come with kvtalk."""
     link = Link(bundled_lm(sharer), bundled_lm(receiver))
     arms = make_arms(["receiver", "cache", "wrong", "zeroed"], ["bf16"])
-    rows = {row["arm"]: row for row in run(link, INVENTED, samples(), arms, tmp_path)["arms"]}
+    rows = {row["arm"]: row for row in run(link, INVENTED, samples()[::2], arms, tmp_path)["arms"]}
     assert max(rows[name]["contains"][0] for name in ("receiver", "wrong bf16", "zeroed bf16")) <= 10
     assert rows["cache bf16"]["contains"][0] >= least
     assert rows["cache bf16"]["gain"][1] > 15
