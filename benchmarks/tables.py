@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+from translator_ablations import CHOICES
 
 from kvtalk.evaluation import timing
 from kvtalk.evaluation.letters import read_as_published
@@ -49,10 +50,11 @@ ACROSS = {
 PAIRS = ("smollm2-135m+gemma3-270m", "gemma3-270m+smollm2-135m")
 SELF = RESULTS / "translator" / "self"
 """Translators of a receiver as its own sharer, trained alike."""
-SLOTS, POOLS = RESULTS / "translator" / "slots", (1, 2, 4)
+TRANSLATOR = RESULTS / "translator"
+SLOTS, POOLS = TRANSLATOR / "slots", (1, 2, 4)
 SPACE = {
-    "gemma3-270m+gemma3-270m": "the encoder, to the shipped decoder",
-    "smollm2-135m+gemma3-270m.lora": "the decoder, to the shipped encoder",
+    "gemma3-270m+gemma3-270m": "the encoder, to the decoder shipped then",
+    "smollm2-135m+gemma3-270m.lora": "the decoder, to the encoder shipped then",
     "gemma3-270m+gemma3-270m.lora": "never together: both joined",
 }
 """Pairs of three models, and what of their adapters was trained to what."""
@@ -69,19 +71,22 @@ TABLES = (
     "across",
     "translator",
     "ceilings",
+    "encoders",
+    "further",
     "lora",
     "latents",
     "text",
+    "choices",
     "pooled",
     "joined",
     "decoding",
     "shipped",
     "thinned",
     "fused",
-    "cut",
     "five",
     "accuracy",
     "controlled",
+    "all_controls",
     "oracle",
     "gaps",
     "policies",
@@ -97,8 +102,6 @@ FUSED_ARMS = ("receiver", "sharer", "relay", "routing", "fused bf16", "wrong bf1
 LORA = "LoRA"
 SET_ARMS = (*FUSED_ARMS[:4], LORA, *FUSED_ARMS[4:])
 """Of the multiple-choice sets; a LoRA of a fuser's size has no sharer."""
-CUT_ARMS = tuple(name for name in SET_ARMS if name not in ("routing", "self bf16"))
-"""Of runs that ended early."""
 CONTROLS = ("wrong bf16", "zeroed bf16", "self bf16")
 FUSED_PAIRS = PAIRS[::-1]
 FUSED_METRICS = {"likelihood": "acc_norm", "letter": "acc"}
@@ -227,6 +230,39 @@ def ceilings() -> Iterator[str]:
             yield f"| {task} | {pair} | {' | '.join(cells)} |"
 
 
+def encoders() -> Iterator[str]:
+    """Across models: the receiver's own cache through the decoder that ships, by an encoder that was trained to it."""
+    yield "| sharer+receiver | questions | its own, by an encoder to the same decoder | translated | difference |"
+    yield "| --- " * 5 + "|"
+    early = _records(TRANSLATOR / "self_encoder" / "squad.smollm2-135m.jsonl.gz")["cache bf16"]
+    own = {row["id"]: 100 * row["scores"]["f1"] for row in early}
+    ours = _scores(RESULTS / "squad" / PAIRS[1], "f1")["cache bf16"]
+    yield _compared(PAIRS[1], own, ours)
+
+
+def further() -> Iterator[str]:
+    """Across models: translators before and after they were trained on with questions that a model asked; F1."""
+    yield "| sharer+receiver | what crosses | before | after | difference |"
+    yield "| --- " * 5 + "|"
+    for pair in PAIRS:
+        old, new = (_scores(folder / "squad" / pair, "f1") for folder in (TRANSLATOR / "before", RESULTS))
+        for arm in (
+            "cache bf16",
+            "cache int4:token width=256",
+            "cache int4:token width=64",
+            "cache int2:token width=224",
+        ):
+            yield _compared(f"{pair} | {arm.removeprefix('cache ')}", old[arm], new[arm], count=False)
+
+
+def _compared(title: str, one: dict[str, float], other: dict[str, float], count: bool = True) -> str:
+    """Means of two ways of answering the same questions, and of their differences."""
+    both = [key for key in other if key in one]
+    means = [figure("f1", bootstrap([scores[key] for key in both]).rounded()) for scores in (one, other)]
+    more = signed(bootstrap([other[key] - one[key] for key in both]).rounded())
+    return f"| {title} |{f' {len(both):,} |' if count else ''} {' | '.join(means)} | {more} |"
+
+
 def lora() -> Iterator[str]:
     """Across models: beside a receiver that was fine-tuned and reads the text, on the questions of that run."""
     yield "| sharer+receiver | questions | frozen, text | translated | self | LoRA, text |"
@@ -298,38 +334,18 @@ def fused() -> Iterator[str]:
                     yield _fused_row(f"{pair}, {task}, {protocol}", folder, metric, SET_ARMS, tuned)
 
 
-def cut() -> Iterator[str]:
-    """The same of runs that ended early, of the questions that every arm had answered; without self."""
-    yield from _fused_head("sharer+receiver, task, protocol", CUT_ARMS)
-    for pair in FUSED_PAIRS:
-        for protocol, metric in FUSED_METRICS.items():
-            for task in CHOICE_TASKS:
-                if _cut_file(pair, task, protocol).exists():
-                    scores = _fused_scores(pair, task, protocol)
-                    cells = [figure(metric, bootstrap(scores[name]).rounded()) for name in CUT_ARMS]
-                    gain, count = _gain([scores], CONTROLS[:2]), len(scores["receiver"])
-                    yield f"| {pair}, {task}, {protocol} | {count:,} | {' | '.join(cells)} | {gain} |"
-
-
 def five() -> Iterator[str]:
     """Means over the sets, each counting alike; the gain is against the best control of that mean."""
     names = tuple(name for name in SET_ARMS if name != "routing")
     titles = " | ".join(name.removesuffix(" bf16") for name in names)
-    yield f"| sharer+receiver, protocol | sets | {titles} | gain | fused − LoRA |"
-    yield "| --- " * (len(names) + 4) + "|"
+    yield f"| sharer+receiver, protocol | {titles} | gain | fused − LoRA |"
+    yield "| --- " * (len(names) + 3) + "|"
     for pair in FUSED_PAIRS:
         for protocol in FUSED_METRICS:
-            every = {task: _fused_scores(pair, task, protocol) for task in CHOICE_TASKS}
-            with_self = {task: scores for task, scores in every.items() if CONTROLS[-1] in scores}
-            for chosen in [every] if len(with_self) == len(every) else [every, with_self]:
-                sets = list(chosen.values())
-                held = [name for name in names if all(name in one for one in sets)]
-                means = {name: statistics.mean(statistics.mean(one[name]) for one in sets) for name in held}
-                cells = " | ".join(f"{means[name]:.1f}" if name in means else "" for name in names)
-                left_out = ", ".join(task for task in CHOICE_TASKS if task not in chosen)
-                title = f"without {left_out}" if left_out else "all five"
-                more = f"{_gain(sets, [name for name in CONTROLS if name in means])} | {_gain(sets, [LORA])}"
-                yield f"| {pair}, {protocol} | {title} | {cells} | {more} |"
+            sets = [_fused_scores(pair, task, protocol) for task in CHOICE_TASKS]
+            means = [statistics.mean(statistics.mean(one[name]) for one in sets) for name in names]
+            cells = " | ".join(f"{mean:.1f}" for mean in means)
+            yield f"| {pair}, {protocol} | {cells} | {_gain(sets, CONTROLS)} | {_gain(sets, [LORA])} |"
 
 
 def _gain(sets: Sequence[dict[str, list[float]]], controls: Sequence[str]) -> str:
@@ -375,6 +391,22 @@ def controlled() -> Iterator[str]:
                     cells = [figure("acc_norm", rows[name.replace("fused", one, 1)]["acc_norm"]) for one in names]
                     sent = f"{name.removeprefix('fused ')} | {row['bytes']:,}"
                     yield f"| {pair}, {task} | {sent} | {' | '.join(cells)} | {signed(row['gain'])} |"
+
+
+def all_controls() -> Iterator[str]:
+    """All thinned plans on OpenBookQA beside wrong and zeroed caches: how many gains are surely above or below zero."""
+    yield "| sharer+receiver | plans | gain, from, to | surely above zero | surely below |"
+    yield "| --- " * 5 + "|"
+    for pair in FUSED_PAIRS:
+        scores = _scores(FUSED / "curve" / "controls" / pair, "acc_norm")
+        gains = []
+        for plan in (name.removeprefix("fused ") for name in scores if name.startswith("fused ")):
+            ours, *controls = (scores[f"{kind} {plan}"] for kind in ("fused", "wrong", "zeroed"))
+            best = max(controls, key=lambda one: statistics.mean(one.values()))
+            gains.append(bootstrap([value - best[key] for key, value in ours.items()]).rounded())
+        means = [gain[0] for gain in gains]
+        sure = [sum(gain[1] > 0 for gain in gains), sum(gain[2] < 0 for gain in gains)]
+        yield f"| {pair} | {len(gains)} | {min(means):+.1f}, {max(means):+.1f} | {sure[0]} | {sure[1]} |"
 
 
 def oracle() -> Iterator[str]:
@@ -492,19 +524,13 @@ def _fused_row(
 
 
 def _fused_scores(pair: str, task: str, protocol: str) -> dict[str, list[float]]:
-    """In percent, by arm, items in the same order; of a run that ended early those that every arm answered."""
-    early = _cut_file(pair, task, protocol)
-    rows = _records(early if early.exists() else FUSED / task / protocol / pair / ITEMS)
+    """In percent, by arm, items in the same order."""
+    rows = _records(FUSED / task / protocol / pair / ITEMS)
     rows[LORA] = _records(_lora(pair, task, protocol) / ITEMS)["receiver"]
     metric = FUSED_METRICS[protocol]
     scores = {arm: {row["id"]: 100 * row["scores"][metric] for row in listed} for arm, listed in rows.items()}
-    answered = [key for key in scores["receiver"] if all(key in found for found in scores.values())]
-    assert early.exists() or all(len(found) == len(answered) for found in scores.values())
-    return {arm: [found[key] for key in answered] for arm, found in scores.items()}
-
-
-def _cut_file(pair: str, task: str, protocol: str) -> Path:
-    return FUSED / "cut" / f"{task}.{protocol}.{pair}.jsonl.gz"
+    assert all(found.keys() == scores["receiver"].keys() for found in scores.values())
+    return {arm: [found[key] for key in scores["receiver"]] for arm, found in scores.items()}
 
 
 def _lora(pair: str, task: str, protocol: str) -> Path:
@@ -575,6 +601,25 @@ def latents() -> Iterator[str]:
             yield f"| {name.removeprefix('cache ')} | {each} | {figure('f1', row['f1'])} | {row['nll']:.2f} |"
 
 
+def choices() -> Iterator[str]:
+    """One choice of the recipe changed at a time: F1 on SQuAD's questions, KL on plain text."""
+    plans = ("bf16", "int4:token width=112")
+    titles = " | ".join(f"F1, {plan} | above that" for plan in plans)
+    yield f"| changed | {titles} | gain, bf16 | KL, bf16 | KL, 128 in int4 |"
+    yield "| --- " * 8 + "|"
+    base = _scores(TRANSLATOR / "choices" / "base", "f1")
+    for name, choice in CHOICES.items():
+        folder = TRANSLATOR / "choices" / name
+        rows, scores, cells = rows_of(folder), _scores(folder, "f1"), []
+        for arm in (f"cache {plan}" for plan in plans):
+            more = bootstrap([scores[arm][key] - base[arm][key] for key in base[arm]]).rounded()
+            cells += [f"{rows[arm]['f1'][0]:.1f}", "" if name == "base" else signed(more)]
+        kl = json.loads((TRANSLATOR / "choices" / f"{name}.text.json").read_text())["kl"]
+        cells += [signed(rows["cache bf16"]["gain"])]
+        cells += ["{:.2f} [{:.2f}, {:.2f}]".format(*kl[way]) for way in ("1024 bf16", "128 int4")]
+        yield f"| {choice.said} | {' | '.join(cells)} |"
+
+
 def pooled() -> Iterator[str]:
     """Fewer latents than tokens, trained alike: F1 on SQuAD's questions and KL on plain text, by bytes a token."""
     titles = "bytes a token, about | F1 | wrong | zeroed | gain | answer NLL | F1 above 1 a latent in as many bytes"
@@ -624,7 +669,7 @@ def joined() -> Iterator[str]:
             cells += [f"{row['f1'][0]:.1f}" for row in controls] + [signed(ours["gain"])]
             yield f"| {name.replace('+', ' → ')} | {how} | {plan} | {' | '.join(cells)} |"
     for folder, name, how in (
-        (RESULTS / "squad" / PAIRS[0], PAIRS[0].replace("+", " → "), "both halves, as shipped"),
+        (TRANSLATOR / "before" / "squad" / PAIRS[0], PAIRS[0].replace("+", " → "), "both halves, as shipped then"),
         (SELF / "squad" / MODELS[0], f"{MODELS[0]} → {MODELS[0]}", "both halves, *self* above"),
     ):
         for plan in ("bf16", "int4:token width=256"):
