@@ -1,8 +1,10 @@
-"""Questions about running text, asked and answered by the receiver itself: many more to train on than people wrote.
+"""Questions about running text, asked and answered by Gemma, one of the two models: more to train on than people wrote.
 
     python benchmarks/asked.py learn squad_v1_train.jsonl.gz asks.jsonl.gz
-    kvtalk train lora --receiver gemma3-270m --data asks.jsonl.gz --questions 0.9 --steps 250 --tokens 8192 --out asks
-    kvtalk train lora --receiver gemma3-270m --data squad_v1_train.jsonl.gz --questions 0.9 ... --out answers
+    kvtalk train lora --receiver gemma3-270m --data asks.jsonl.gz --questions 0.9 --steps 250 --tokens 8192 \\
+        --rate 1e-3 --out asks
+    kvtalk train lora --receiver gemma3-270m --data squad_v1_train.jsonl.gz --questions 0.9 --steps 250 --tokens 8192 \\
+        --rate 1e-3 --out answers
     python benchmarks/asked.py want general.jsonl.gz wanted.jsonl.gz --questions 24000
     kvtalk eval --task squad --data wanted.jsonl.gz --sharer gemma3-270m+asks --receiver gemma3-270m+asks \\
         --arms text --out asked

@@ -49,7 +49,7 @@ ACROSS = {
 }
 PAIRS = ("smollm2-135m+gemma3-270m", "gemma3-270m+smollm2-135m")
 SELF = RESULTS / "translator" / "self"
-"""Translators of a receiver as its own sharer, trained alike."""
+"""Translators of a receiver as its own sharer, of 1,500 steps."""
 TRANSLATOR = RESULTS / "translator"
 SLOTS, POOLS = TRANSLATOR / "slots", (1, 2, 4)
 SPACE = {
@@ -75,6 +75,7 @@ TABLES = (
     "further",
     "lora",
     "latents",
+    "narrowed",
     "text",
     "choices",
     "pooled",
@@ -218,7 +219,7 @@ def translator() -> Iterator[str]:
 
 
 def ceilings() -> Iterator[str]:
-    """Across models: the translated cache against the receiver's own, through a translator trained alike."""
+    """Across models: the translated cache against the receiver's own, through a translator of the same sizes."""
     yield "| task | sharer+receiver | frozen, text | self | translated | translated / self | translated / text |"
     yield "| --- " * 7 + "|"
     for task, metric in CONTEXT_TASKS.items():
@@ -618,6 +619,18 @@ def choices() -> Iterator[str]:
         cells += [signed(rows["cache bf16"]["gain"])]
         cells += ["{:.2f} [{:.2f}, {:.2f}]".format(*kl[way]) for way in ("1024 bf16", "128 int4")]
         yield f"| {choice.said} | {' | '.join(cells)} |"
+
+
+def narrowed() -> Iterator[str]:
+    """What narrow latents cost: F1 above that of whole ones, question by question."""
+    plans = ("512", "256", "128", "112", "64")
+    names = [*(f"int4:token width={width}" for width in plans), "int4:64x8 width=112"]
+    yield f"| sharer+receiver | {' | '.join(names)} |"
+    yield "| --- " * (len(names) + 1) + "|"
+    for pair in PAIRS:
+        scores = _scores(RESULTS / "squad" / pair, "f1")
+        more = [[scores[f"cache {name}"][key] - whole for key, whole in scores["cache bf16"].items()] for name in names]
+        yield f"| {pair} | {' | '.join(signed(bootstrap(one).rounded()) for one in more)} |"
 
 
 def pooled() -> Iterator[str]:

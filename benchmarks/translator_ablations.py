@@ -3,7 +3,7 @@
     python benchmarks/translator_ablations.py NAME --data FILE ... --steps 300 --tokens 16384 --out FOLDER/NAME
     kvtalk eval --task squad --adapter FOLDER/NAME --plan bf16 --plan 'int4 width=112' ...
 
-Everything else is as ``kvtalk train translator`` has it. Without NAME the choices are listed.
+But for steps, tokens and rate all else is as ``kvtalk train translator`` has it. ``--help`` lists the choices.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ CHOICES = {
     "unregressed": Choice("no regression", {"regression": 0.0, "regression_weight": 0.0}),
     "undistilled": Choice("no divergence from the receiver that read the text", patch=_without(0)),
     "unanswered": Choice("no cross-entropy on answers", patch=_without(1)),
-    "adamw": Choice("AdamW for all, at the same rate", schedule={"optimizer": "adamw"}),
+    "adamw": Choice("AdamW for all, at the given rate", schedule={"optimizer": "adamw"}),
     "plain": Choice("no questions", {"questions": 0.0}),
     "asking": Choice("questions alone", {"questions": 1.0}),
     "quotes": Choice("a third of the plain steps reads the context again", {"quotes": 0.33}),

@@ -58,6 +58,8 @@ class Generation:
 class LM:
     """A causal language model with its tokenizer and the description of its cache.
 
+    Making one turns cuDNN's attention off for the whole process.
+
     Attributes:
         name: as it was asked for.
         model: the `transformers` model, in evaluation mode.
@@ -79,7 +81,7 @@ class LM:
         self.spec: ModelSpec = read_spec(model, tokenizer)
         self.prompt = prompt or default_format(tokenizer)
         self._heads: dict[tuple[int, ...], KVCache] = {}
-        torch.backends.cuda.enable_cudnn_sdp(False)  # of the whole process: it prepares itself anew for every length
+        torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's attention prepares itself anew for every length
         self._check_placement()
 
     @classmethod
