@@ -71,7 +71,10 @@ def texts() -> Texts:
 
 def test_what_is_older_than_pools_stays_what_it_is(models: tuple[LM, LM], tmp_path: Path) -> None:
     """Packets name an adapter's identity, and so do results."""
-    card = read_card("smollm2-135m+gemma3-270m")[0]
+    shipped = read_card("smollm2-135m+gemma3-270m")[0]
+    card = dataclasses.replace(
+        shipped, weights={"encoder": "66dd7ef245428564", "decoder": "a0f5f1a22d1cbcaa"}
+    )  # of that time
     assert (card.geometry.pool, card.identity) == (1, "407f706ee1503bfc")
     made(*models, tmp_path, pool=1)
     for where in (tmp_path, SHIPPED / "smollm2-135m+gemma3-270m"):
