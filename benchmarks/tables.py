@@ -233,12 +233,15 @@ def ceilings() -> Iterator[str]:
 
 def encoders() -> Iterator[str]:
     """Across models: the receiver's own cache through the decoder that ships, by an encoder that was trained to it."""
-    yield "| sharer+receiver | questions | its own, by an encoder to the same decoder | translated | difference |"
+    yield "| task, sharer+receiver | questions | its own, by an encoder to the same decoder | translated | difference |"
     yield "| --- " * 5 + "|"
-    early = _records(TRANSLATOR / "self_encoder" / "squad.smollm2-135m.jsonl.gz")["cache bf16"]
+    folder = TRANSLATOR / "self_encoder"
+    early = _records(folder / "squad.smollm2-135m.jsonl.gz")["cache bf16"]
     own = {row["id"]: 100 * row["scores"]["f1"] for row in early}
-    ours = _scores(RESULTS / "squad" / PAIRS[1], "f1")["cache bf16"]
-    yield _compared(PAIRS[1], own, ours)
+    yield _compared(f"squad, {PAIRS[1]}", own, _scores(RESULTS / "squad" / PAIRS[1], "f1")["cache bf16"])
+    for pair in PAIRS:
+        both = folder / "countries" / pair.partition("+")[2], RESULTS / "countries" / pair
+        yield _compared(f"countries, {pair}", *(_scores(one, "contains")["cache bf16"] for one in both))
 
 
 def further() -> Iterator[str]:
