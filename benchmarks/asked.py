@@ -25,7 +25,7 @@ import gzip
 import json
 import random
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,8 @@ NAMED = 0.6
 """Share of the wanted answers that are names or numbers; the others are phrases of up to four plain words."""
 LEAST_F1 = 0.7
 """Of the answer that was found again."""
+LONGEST = 60
+"""Characters of another answer that is kept."""
 
 Row = dict[str, Any]
 
@@ -53,16 +55,18 @@ def learn(rows: Iterable[Row]) -> Iterator[Row]:
         yield {**row, "question": WANTED.format(row["answers"][0]), "answers": [row["question"].strip()]}
 
 
-def want(rows: Iterable[Row], count: int) -> Iterator[Row]:
-    """Passages of texts, each with an answer to ask for."""
+def want(rows: Iterable[Row], count: int, each: int = 1) -> Iterator[Row]:
+    """Passages of texts, or contexts of questions as they are, each with some answers to ask for."""
     rng = random.Random(1)
-    texts = dict.fromkeys(row["text"] if "text" in row else row["context"] for row in rows)
-    every = [" ".join(some) for text in texts for some in passages(text, rng)]
+    every = list(dict.fromkeys(row["context"] for row in rows if "context" in row))
+    texts = dict.fromkeys(row["text"] for row in rows if "text" in row)
+    every += [" ".join(some) for text in texts for some in passages(text, rng)]
     rng.shuffle(every)
     made = 0
     for context in every:
-        answer = _answer(context, rng)
-        if answer is not None:
+        for answer in dict.fromkeys(_answer(context, rng) for _ in range(each)):
+            if answer is None:
+                continue
             yield {
                 "id": f"asked-{made:05d}",
                 "context": context,
@@ -70,8 +74,8 @@ def want(rows: Iterable[Row], count: int) -> Iterator[Row]:
                 "answers": [answer],
             }
             made += 1
-        if made == count:
-            return
+            if made == count:
+                return
 
 
 def _answer(context: str, rng: random.Random) -> str | None:
@@ -96,11 +100,14 @@ def check(rows: Iterable[Row], answers: dict[str, str]) -> Iterator[Row]:
             yield {**row, "question": question}
 
 
-def keep(rows: Iterable[Row], answers: dict[str, str]) -> Iterator[Row]:
-    """What was answered as it was wanted."""
+def keep(rows: Iterable[Row], answers: dict[str, str], others: bool = False) -> Iterator[Row]:
+    """What was answered as it was wanted; with ``others`` also what was answered otherwise, in the passage's words."""
     for row in rows:
-        if f1(answers.get(row["id"], ""), row["answers"]) >= LEAST_F1:
+        found = answers.get(row["id"], "").strip().rstrip(".")
+        if f1(found, row["answers"]) >= LEAST_F1:
             yield row
+        elif others and 0 < len(found) <= LONGEST and found in row["context"]:
+            yield {**row, "answers": [found]}
 
 
 def main() -> None:
@@ -119,15 +126,17 @@ def main() -> None:
         one.add_argument("out", type=Path)
         if step == "want":
             one.add_argument("--questions", type=int, default=24_000)
+            one.add_argument("--each", type=int, default=1, help="answers to ask for in a passage, at most")
+        if step == "keep":
+            one.add_argument("--others", action="store_true", help="keep other answers, too, if the passage holds them")
     args = parser.parse_args()
     with gzip.open(args.rows, "rt", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
     if args.step in ("check", "keep"):
         answers = {record.id: record.answer for record in read_records(args.results) if record.arm == "text"}
-        both: Callable[[Iterable[Row], dict[str, str]], Iterator[Row]] = check if args.step == "check" else keep
-        made = list(both(rows, answers))
+        made = list(check(rows, answers) if args.step == "check" else keep(rows, answers, args.others))
     else:
-        made = list(learn(rows) if args.step == "learn" else want(rows, args.questions))
+        made = list(learn(rows) if args.step == "learn" else want(rows, args.questions, args.each))
     with gzip.open(args.out, "wt", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in made)
     print(f"{len(made):,} of {len(rows):,} rows")

@@ -29,6 +29,10 @@ TEXT = (
 def test_what_is_wanted_stands_once_in_its_passage_and_says_something() -> None:
     rows = list(asked.want([{"text": TEXT}] * 3, 10))
     assert len(rows) == 1, "a text is read once, however often it is given"
+    several = list(asked.want([{"context": TEXT, "question": "Who?"}], 10, each=6))
+    assert {row["context"] for row in several} == {TEXT}, "a question's context stays whole"
+    assert 1 < len({row["answers"][0] for row in several}) == len(several) <= 6
+    assert len(list(asked.want([{"context": TEXT}], 2, each=6))) == 2
     wanted = {asked._answer(TEXT, random.Random(seed)) for seed in range(300)}
     assert {"Marrow Point", "1902", "Harlow", "Ada Lindqvist"} <= wanted
     for answer in wanted:
@@ -49,6 +53,10 @@ def test_a_question_is_kept_where_the_wanted_answer_is_found_again() -> None:
     assert list(asked.keep([row], {"a": "Ada Lindqvist."})) == [row]
     assert not list(asked.keep([row], {"a": "the sons of a baker"}))
     assert not list(asked.keep([row], {}))
+    (other,) = asked.keep([row], {"a": " the sons of a baker."}, others=True)
+    assert other["answers"] == ["the sons of a baker"], "what was found instead"
+    assert not list(asked.keep([row], {"a": "her brother"}, others=True)), "the passage does not say so"
+    assert not list(asked.keep([row], {"a": ""}, others=True))
 
 
 @pytest.mark.parametrize("name", ablations.CHOICES)

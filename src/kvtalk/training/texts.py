@@ -88,8 +88,8 @@ class Texts:
 
     def split(self, share: float) -> tuple[Texts, Texts]:
         """A training and a validation part; no document and no context is in both."""
-        contexts = list(dict.fromkeys(question.context for question in self.questions))
-        others = [document for document in self.documents if document not in set(contexts)]
+        asked = dict.fromkeys(question.context for question in self.questions)
+        contexts, others = list(asked), [document for document in self.documents if document not in asked]
         kept = {*_last(contexts, share), *_last(others, share)}
         kept = kept or {self.documents[-1]}
         return tuple(  # type: ignore[return-value]
