@@ -96,8 +96,9 @@ def check(rows: Iterable[Row], answers: dict[str, str]) -> Iterator[Row]:
     """What was asked, to be answered by a model that does not see what was wanted."""
     for row in rows:
         question = answers.get(row["id"], "").strip()
-        if question.endswith("?") and row["answers"][0].lower() not in question.lower():
-            yield {**row, "question": question}
+        asked = {**row, "question": question}
+        if question.endswith("?") and not _told(row["answers"][0], asked):
+            yield asked
 
 
 def keep(rows: Iterable[Row], answers: dict[str, str], others: bool = False) -> Iterator[Row]:
@@ -106,8 +107,13 @@ def keep(rows: Iterable[Row], answers: dict[str, str], others: bool = False) -> 
         found = answers.get(row["id"], "").strip().rstrip(".")
         if f1(found, row["answers"]) >= LEAST_F1:
             yield row
-        elif others and 0 < len(found) <= LONGEST and found in row["context"]:
+        elif others and 0 < len(found) <= LONGEST and found in row["context"] and not _told(found, row):
             yield {**row, "answers": [found]}
+
+
+def _told(answer: str, row: Row) -> bool:
+    """Whether the question holds an answer."""
+    return answer.lower() in row["question"].lower()
 
 
 def main() -> None:

@@ -57,6 +57,8 @@ def test_a_question_is_kept_where_the_wanted_answer_is_found_again() -> None:
     assert other["answers"] == ["the sons of a baker"], "what was found instead"
     assert not list(asked.keep([row], {"a": "her brother"}, others=True)), "the passage does not say so"
     assert not list(asked.keep([row], {"a": ""}, others=True))
+    told = {**row, "question": "Who mended the boiler of the old ferry?"}
+    assert not list(asked.keep([told], {"a": "ferry"}, others=True)), "the question holds it"
 
 
 @pytest.mark.parametrize("name", ablations.CHOICES)
