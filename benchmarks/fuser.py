@@ -24,14 +24,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kvtalk.adapters.enriched import Addition, enrich
+from kvtalk.adapters.enriched import enrich
 from kvtalk.adapters.fuser import Fuser, FuserGeometry, Shape, narrowed
 from kvtalk.adapters.pairs import Pairs
 from kvtalk.adapters.slots import Network
 from kvtalk.adapters.weights import is_matrix
 from kvtalk.alignment.layers import layer_map
 from kvtalk.cache import KVCache, LayerCache
-from kvtalk.device import sent
 from kvtalk.rope import Rope
 from kvtalk.spec import Fingerprint, LayerSpec, ModelSpec
 
@@ -94,15 +93,12 @@ def cache_of(shape: Shape, tokens: int, dtype: torch.dtype, device: str) -> KVCa
     return KVCache(tuple(LayerCache(*both, positions) for both in made), (tokens,))
 
 
-def stacked(fuser: Fuser, network: Network, sharer: KVCache, own: KVCache, pairs: Pairs) -> list[tuple[Tensor, Tensor]]:
-    """What the receiver's side does once a packet is decoded."""
-    slots = fuser.slots
-    there = sent(pairs.theirs.repeat(len(slots), 1), own.layers[0].keys.device)
-    pairs = pairs.to(there.device)
-    owners = torch.arange(len(pairs.rows), device=there.device)
-    added = network.added(sharer.layers, pairs.rows, there, owners, own, pairs)
-    held = torch.stack([tensor for layer in own.layers for tensor in (layer.keys, layer.values)])
-    enrich(held, Addition(pairs, slots, added, fuser.geometry.last))
+def stacked(network: Network, sharer: KVCache, own: KVCache, pairs: Pairs) -> list[tuple[Tensor, Tensor]]:
+    """What the receiver's side does once a packet is decoded and its tokens are aligned."""
+    columns = pairs.theirs.expand(len(set(PUBLISHED.layers)), -1)
+    addition = network.added(sharer.layers, pairs.rows, columns, pairs.ours, own.stacked(), pairs)
+    held = own.stacked()
+    enrich(held, addition)
     return list(zip(held[::2].unbind(), held[1::2].unbind(), strict=True))
 
 
@@ -141,8 +137,8 @@ def measured(dtype: torch.dtype, device: str, tokens: int, rounds: int) -> dict[
     wide, narrow = (Network(fuser, spec, torch.device(device)) for fuser in (large, small))
     ways: dict[str, Callable[[], list[tuple[Tensor, Tensor]]]] = {
         "layers": lambda: by_layer(slots, sharer, own),
-        "stacked": lambda: stacked(large, wide, sharer, own, pairs),
-        "ours": lambda: stacked(small, narrow, sharer, own, pairs),
+        "stacked": lambda: stacked(wide, sharer, own, pairs),
+        "ours": lambda: stacked(narrow, sharer, own, pairs),
     }
     differences = [
         float((one - other).abs().max())

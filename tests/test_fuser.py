@@ -34,6 +34,7 @@ from kvtalk.adapters.weights import load_decoder, load_encoder, load_fuser, open
 from kvtalk.alignment.layers import layer_map
 from kvtalk.alignment.readings import readings
 from kvtalk.cache import PADDING, Prefix
+from kvtalk.device import sent_together
 from kvtalk.errors import AdapterError, AlignmentError, BudgetError, InputError, PacketError
 from kvtalk.fusion import FusedReceiver, FusedSharer, Fusion
 from kvtalk.link import Receiver
@@ -305,7 +306,7 @@ def test_the_mean_is_of_all_tokens_that_overlap_and_were_sent(plan: str, tmp_pat
     assert (len(given) < len(tokens)) == ("front" in plan)
     assert addition.pairs.ours.tolist() == sorted(given)
     means, mine = [], []
-    for slot in addition.slots:
+    for slot in addition.slots[:, 0].tolist():
         kind = ("keys", "values")[slot % 2]
         source, target = (
             getattr(some[at], kind)[0].transpose(0, 1).flatten(1)
@@ -614,18 +615,40 @@ def test_more_layers_take_no_more_operators(rope: str) -> None:
     receiver = tiny_lm("qwen2")
     cache = Own(receiver, PROMPTS).cache
     pairs = Pairs(torch.tensor([0, 0, 2]), torch.tensor([3, 5, 1]), torch.tensor([0, 1, 2]))
-    both = torch.stack([tensor for layer in cache.layers for tensor in (layer.keys, layer.values)])
+    both = cache.stacked()
 
     def operators(slots: Sequence[int]) -> int:
         held = Slots(slots, receiver.spec, rope, receiver.device)
         with Operators() as counted:
             angles = held.angles(pairs.ours)
-            own = own_vectors(cache, pairs, held, angles)
+            own = own_vectors(both, pairs, held, angles)
             added = held.turned(own, angles)
-            enrich(both, Addition(pairs, held.which, added, last=True))
+            enrich(both, Addition(pairs, held.places, added, last=True))
         return counted.count
 
     assert operators(range(8)) == operators([2, 3]) < 24
+
+
+@torch.no_grad()
+def test_what_is_added_leaves_the_own_cache_as_it_was(joined: Pair, receiver: LM) -> None:
+    own = Own(receiver, PROMPTS)
+    before = own.held.clone()
+    additions = joined.side.additions(own, PROMPTS, joined.received())
+    placed = [own.placed(additions) for _ in range(2)]
+    assert torch.equal(own.held, before)
+    for index, layer in enumerate(own.cache.layers):
+        assert layer.keys.data_ptr() == own.held[2 * index].data_ptr()
+        assert layer.values.data_ptr() == own.held[2 * index + 1].data_ptr()
+    first, second = (one.to_cache().stacked() for one in placed)
+    assert torch.equal(first, second)
+
+
+def test_tensors_sent_together_arrive_as_they_were() -> None:
+    given = [torch.arange(6).view(2, 3).T, torch.arange(4).expand(3, -1), torch.empty(0, dtype=torch.long)]
+    found = sent_together(given, "cpu")
+    assert len({one.untyped_storage().data_ptr() for one in found}) == 1
+    for one, other in zip(found, given, strict=True):
+        assert torch.equal(one, other)
 
 
 @torch.no_grad()

@@ -73,10 +73,10 @@ def fused(network: Network, tokens: int, dtype: torch.dtype, device: str) -> Ten
     """All but the last token; every third was not sent."""
     torch.manual_seed(tokens)
     lent, own = (cache_of(shape, tokens + 1, dtype, device) for shape in (SHARER, RECEIVER))
-    every = torch.arange(tokens, device=device)
-    columns = torch.where(every % 3 == 1, -1, every).expand(len(network.slots.which), -1)
+    every = torch.arange(tokens)
+    columns = torch.where(every % 3 == 1, -1, every).expand(SHARER.layers, -1)
     rows = torch.zeros_like(every)
-    return network.added(lent.layers, rows, columns, every, own, Pairs(rows, every, every))
+    return network.added(lent.layers, rows, columns, every, own.stacked(), Pairs(rows, every, every)).added
 
 
 def latents_of(tokens: int, device: str) -> Tensor:

@@ -153,6 +153,11 @@ class KVCache:
         layers = [known[id(layer.positions)] for layer in self.layers]
         return tuple(zip(*layers, strict=True))
 
+    def stacked(self) -> Tensor:
+        """A copy of every layer's keys and values, keys before values, where all layers hold as many tokens,
+        ``[2 · layers, batch, kv_heads, tokens, head_dim]``."""
+        return torch.stack([tensor for layer in self.layers for tensor in (layer.keys, layer.values)])
+
     @classmethod
     def from_transformers(cls, cache: Cache, positions: Tensor) -> KVCache:
         """Adopt a `transformers` cache without copying it.

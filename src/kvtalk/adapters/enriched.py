@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,13 +25,13 @@ class Addition:
 
     Attributes:
         pairs: to which tokens, each once; on the device of what is added.
-        slots: to which layers' keys or values.
+        slots: numbers of those added to, ``[slots, 1]``, there too.
         added: ``[slots, tokens, width]``, keys rotated as the model holds them.
         last: whether it adds to the prompts' last tokens, too.
     """
 
     pairs: Pairs
-    slots: Sequence[int]
+    slots: Tensor
     added: Tensor
     last: bool
 
@@ -42,7 +42,8 @@ class Own:
     Attributes:
         read: the prompts in its tokens.
         start: tokens of earlier turns.
-        cache: of them all, the last token's too.
+        held: of them all, the last token's too, as :meth:`kvtalk.cache.KVCache.stacked` gives it.
+        cache: the same, layer by layer, in the same memory.
     """
 
     def __init__(self, lm: LM, prompts: Sequence[Prompt], earlier: Earlier | None = None) -> None:
@@ -61,7 +62,12 @@ class Own:
         self.read = readings(lm.tokenizer, prompts, begin)
         if min(len(one.ids) for one in self.read) < 2:
             raise InputError("the prompt is too short to be fused: it needs two tokens at least")
-        self.cache = read_on(lm, [one.ids for one in self.read], earlier)
+        cache = read_on(lm, [one.ids for one in self.read], earlier)
+        self.held = cache.stacked()
+        both = zip(cache.layers, _in_twos(self.held.unbind()), strict=True)
+        self.cache = replace(
+            cache, layers=tuple(replace(layer, keys=keys, values=values) for layer, (keys, values) in both)
+        )
 
     @property
     def last(self) -> list[list[int]]:
@@ -85,7 +91,7 @@ def placed_but_last(lm: LM, cache: KVCache, additions: Sequence[Addition], await
         awaits: whether the last token's keys and values are those of the cache with what is added, or what the model
             makes of it now.
     """
-    held = torch.stack([tensor for layer in cache.layers for tensor in (layer.keys, layer.values)])
+    held = cache.stacked()
     for addition in additions:
         enrich(held, addition)
     ends = torch.tensor(cache.length) - 1
@@ -111,9 +117,8 @@ def enrich(held: Tensor, addition: Addition) -> None:
         held: of every layer, ``[2 · layers, batch, kv_heads, tokens, head_dim]``, keys before values.
         addition: what is added.
     """
-    pairs, slots, added = addition.pairs, addition.slots, addition.added
-    places = sent(torch.tensor(slots)[:, None], held.device)
-    held.transpose(2, 3)[places, pairs.rows, pairs.ours] += added.reshape(*added.shape[:2], held.shape[2], -1)
+    pairs, added = addition.pairs, addition.added
+    held.transpose(2, 3)[addition.slots, pairs.rows, pairs.ours] += added.reshape(*added.shape[:2], held.shape[2], -1)
 
 
 def _in_twos(tensors: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:

@@ -255,7 +255,8 @@ class Fuser(nn.Module):
         theirs = (sharer - self.sharer_mean) / self.sharer_scale
         if geometry.projects:
             theirs = self.into(theirs)
-        hidden = self.shared(self.inward(torch.cat([theirs, ours.to(theirs.dtype)], dim=2)))
+        exact = self.inward.weight.dtype  # cast before they are joined: half as much to copy
+        hidden = self.shared(self.inward(torch.cat([theirs.to(exact), ours.to(exact)], dim=2)))
         added = self.outward(self.projection(hidden))
         if geometry.weighted:
             weights = self.weights(self.weighing(hidden)).float().sigmoid()

@@ -23,7 +23,6 @@ from kvtalk.alignment.readings import readings
 from kvtalk.alignment.tokens import aligned, tokenize
 from kvtalk.cache import PADDING, KVCache, LayerCache, Prefix, unpacked
 from kvtalk.codecs import NOTHING
-from kvtalk.device import sent
 from kvtalk.errors import AdapterError, AlignmentError, InputError, PacketError
 from kvtalk.models import LM
 from kvtalk.planning import Plan
@@ -207,12 +206,8 @@ class ReceiverSide:
         pairs, columns = pairs.at(held), columns[:, held]
         if not len(pairs.rows) or not self.fuser.slots:
             return []
-        slots = read_of(self.geometry, self.fuser.slots)
-        there = sent(columns[[read.index(layer) for layer, _ in slots]], self.lm.device)
         once, owners = pairs.once()
-        once, rows, owners = once.to(self.lm.device), *sent(torch.stack([pairs.rows, owners]), self.lm.device)
-        added = self._network.added(received, rows, there, owners, own.cache, once)
-        return [Addition(once, self.fuser.slots, added, self.geometry.last)]
+        return [self._network.added(received, pairs.rows, columns, owners, own.held, once)]
 
 
 def geometry_of(card: Card) -> FuserGeometry:

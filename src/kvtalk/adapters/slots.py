@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kvtalk.adapters.enriched import Addition
 from kvtalk.adapters.fuser import Fuser, FuserGeometry
 from kvtalk.adapters.graphs import Graphed
 from kvtalk.adapters.pairs import Pairs
 from kvtalk.cache import KVCache, LayerCache
-from kvtalk.device import sent
+from kvtalk.device import sent, sent_together
 from kvtalk.rope import Angles, StackRope, rotate_layers
 from kvtalk.spec import ModelSpec
 
@@ -27,7 +28,7 @@ class Slots:
 
     Attributes:
         which: their numbers.
-        places: 0, 1, 2 ..., ``[slots, 1]``, on the receiver's device.
+        places: the same, ``[slots, 1]``, on the receiver's device.
     """
 
     def __init__(self, which: Sequence[int], spec: ModelSpec, rope: str, device: torch.device | str) -> None:
@@ -40,7 +41,7 @@ class Slots:
             device: of the receiver.
         """
         self.which = tuple(which)
-        self.places = torch.arange(len(self.which), device=device)[:, None]
+        self.places = torch.tensor(self.which, device=device)[:, None]
         self._kv_heads = spec.layers[0].kv_heads
         turned = [rope == "before" and slot % 2 == 0 for slot in self.which]
         ropes = [spec.layers[slot // 2].rope if turns else None for slot, turns in zip(self.which, turned, strict=True)]
@@ -80,33 +81,36 @@ def bare_layers(
     return {index: replace(layer, keys=one) for index, layer, one in zip(wanted, layers, keys, strict=True)}
 
 
-def taken(
-    layers: Sequence[LayerCache] | Mapping[int, LayerCache],
-    slots: Sequence[tuple[int, int]],
-    places: Tensor,
-    rows: Tensor,
-    columns: Tensor,
-) -> Tensor:
-    """Keys and values of some tokens, all heads one after the other, ``[slots, tokens, width]``.
+def read_by(layers: Sequence[LayerCache] | Mapping[int, LayerCache], slots: Sequence[tuple[int, int]]) -> Tensor:
+    """What each slot reads, ``[slots, batch, kv_heads, tokens, head_dim]``.
 
     Args:
-        layers: of one shape.
+        layers: of one shape, but for their tokens: shorter ones are filled up with zeros.
         slots: index of the layer, and whether its keys (0) or values (1).
-        places: see :class:`Slots`, on the device of the layers.
-        rows: of each token, ``[tokens]``, there too.
-        columns: of each token, ``[tokens]``, or ``[slots, tokens]`` where they differ between slots.
     """
     tensors = [(layers[index].keys, layers[index].values)[kind] for index, kind in slots]
     longest = max(tensor.shape[2] for tensor in tensors)
     filled = [one if one.shape[2] == longest else F.pad(one, (0, 0, 0, longest - one.shape[2])) for one in tensors]
-    return torch.stack(filled).transpose(2, 3)[places, rows, columns].flatten(2)
+    return torch.stack(filled)
 
 
-def own_vectors(cache: KVCache, pairs: Pairs, slots: Slots, angles: Sequence[Angles]) -> Tensor:
+def taken(held: Tensor, places: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Keys and values of some tokens, all heads one after the other, ``[slots, tokens, width]``.
+
+    Args:
+        held: ``[any, batch, kv_heads, tokens, head_dim]``.
+        places: of each slot in it, ``[slots, 1]``, on its device.
+        rows: of each token, ``[tokens]``, there too.
+        columns: of each token, ``[tokens]``, or ``[slots, tokens]`` where they differ between slots; −1 is the last.
+    """
+    return held.transpose(2, 3)[places, rows, columns].flatten(2)
+
+
+def own_vectors(held: Tensor, pairs: Pairs, slots: Slots, angles: Sequence[Angles]) -> Tensor:
     """Keys and values of some tokens of a cache from position 0 on, keys as the fuser takes them.
 
     Args:
-        cache: the receiver's.
+        held: the receiver's, as :meth:`kvtalk.cache.KVCache.stacked` gives it.
         pairs: which tokens, each once.
         slots: which layers' keys or values.
         angles: of the tokens' positions, as ``slots`` gives them.
@@ -114,8 +118,7 @@ def own_vectors(cache: KVCache, pairs: Pairs, slots: Slots, angles: Sequence[Ang
     Returns:
         ``[slots, tokens, width]``.
     """
-    read = [divmod(slot, 2) for slot in slots.which]
-    return slots.turned(taken(cache.layers, read, slots.places, pairs.rows, pairs.ours), angles, inverse=True)
+    return slots.turned(taken(held, slots.places, pairs.rows, pairs.ours), angles, inverse=True)
 
 
 def averaged(vectors: Tensor, missing: Tensor, owners: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -152,32 +155,35 @@ class Network:
             device: of the receiver.
         """
         self.slots = Slots(fuser.slots, spec, fuser.geometry.rope, device)
-        self._lent, self._own = read_of(fuser.geometry, fuser.slots), [divmod(slot, 2) for slot in fuser.slots]
+        self._last = fuser.geometry.last
+        self._lent, read = read_of(fuser.geometry, fuser.slots), fuser.sharer_layers
+        self._layers = torch.tensor([read.index(layer) for layer, _ in self._lent], device=device)
+        self._places = torch.arange(len(self._lent), device=device)[:, None]
         parts = fuser.split(slots_at_once(device.type, fuser))
         weights = [tensor for part in parts for tensor in (*part.parameters(), *part.buffers())]
         self._added = Graphed(partial(_added, parts, self.slots), weights)
 
     def added(
-        self, lent: Sequence[LayerCache], rows: Tensor, columns: Tensor, owners: Tensor, own: KVCache, pairs: Pairs
-    ) -> Tensor:
-        """What is to be added to tokens of the receiver's cache, all on its device.
+        self, lent: Sequence[LayerCache], rows: Tensor, columns: Tensor, owners: Tensor, held: Tensor, pairs: Pairs
+    ) -> Addition:
+        """What is to be added to tokens of the receiver's cache; zeros where nothing was sent.
 
         Args:
-            lent: the sharer's layers.
-            rows: of each of its tokens, ``[entries]``.
-            columns: of each in every slot's layer, ``[slots, entries]``; −1 where it was not sent.
+            lent: the sharer's layers, on the receiver's device.
+            rows: of each of its tokens, ``[entries]``, like all that says which tokens on the CPU.
+            columns: of each in every layer that the fuser reads, ``[layers, entries]``; −1 where it was not sent.
             owners: number of each one's receiver token, ``[entries]``, never decreasing.
-            own: the receiver's cache from position 0 on.
+            held: the receiver's cache from position 0 on, as :meth:`kvtalk.cache.KVCache.stacked` gives it.
             pairs: which of its tokens, each once.
-
-        Returns:
-            ``[slots, tokens, width]``, keys rotated as the receiver holds them; zeros where nothing was sent.
         """
-        places = self.slots.places
-        theirs = taken(lent, self._lent, places, rows, columns.clamp(min=0))
+        which = rows, columns, owners, pairs.rows, pairs.ours, pairs.theirs
+        rows, columns, owners, *once = sent_together(which, held.device)
+        pairs, columns = Pairs(*once), columns[self._layers]
+        theirs = taken(read_by(lent, self._lent), self._places, rows, columns)
         theirs, missing = averaged(theirs, columns < 0, owners, len(pairs.rows))
-        ours = taken(own.layers, self._own, places, pairs.rows, pairs.ours)
-        return self._added(theirs, ours, missing, pairs.ours[None])
+        ours = taken(held, self.slots.places, pairs.rows, pairs.ours)
+        added = self._added(theirs, ours, missing, pairs.ours[None])
+        return Addition(pairs, self.slots.places, added, self._last)
 
 
 def _added(

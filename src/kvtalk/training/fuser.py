@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from kvtalk.adapters.enriched import Addition, placed_but_last
 from kvtalk.adapters.fuser import Fuser, FuserGeometry
-from kvtalk.adapters.slots import Slots, averaged, bare_layers, own_vectors, read_of, taken
+from kvtalk.adapters.slots import Slots, averaged, bare_layers, own_vectors, read_by, read_of, taken
 from kvtalk.cache import PADDING, KVCache, LayerCache
 from kvtalk.codecs import codec
 from kvtalk.device import sent
@@ -199,14 +199,14 @@ class Fusing:
             parts = zip(wanted, keys.chunk(len(wanted)), values.chunk(len(wanted)), strict=True)
             layers = {index: LayerCache(key, value, first.positions) for index, key, value in parts}
         rows, columns = sent(torch.stack([pairs.rows, columns]), self.receiver.device)
-        return taken(layers, slots, self.slots.places, rows, columns), sent(missing, self.receiver.device)
+        return taken(read_by(layers, slots), self.slots.places, rows, columns), sent(missing, self.receiver.device)
 
     def own(self, batch: FusedBatch) -> tuple[KVCache, Tensor]:
         """The receiver's cache of the prompts, and its keys and values of the tokens that are enriched,
         ``[slots, tokens, width]``."""
         cache, _ = self.receiver.read_whole(batch.receiver)
         pairs = batch.pairs.once()[0].to(self.receiver.device)
-        return cache, own_vectors(cache, pairs, self.slots, self.slots.angles(pairs.ours))
+        return cache, own_vectors(cache.stacked(), pairs, self.slots, self.slots.angles(pairs.ours))
 
     def answered(self, module: nn.Module | None, batch: FusedBatch, *, zeroed: bool = False) -> tuple[Tensor, Tensor]:
         """Mean cross-entropy of right answers with all rows alike, and that of every answer's token."""
@@ -222,7 +222,7 @@ class Fusing:
             pairs = batch.pairs.once()[0].to(self.receiver.device)
             angles = self.slots.angles(pairs.ours)
             added = self.slots.turned(added.masked_fill(missing[:, :, None], 0), angles)
-            additions.append(Addition(pairs, self.slots.which, added, self.geometry.last))
+            additions.append(Addition(pairs, self.slots.places, added, self.geometry.last))
         placed = placed_but_last(self.receiver, cache, additions, self.geometry.last)
         hidden = self.receiver.states(batch.tails, placed.rows(batch.prompts))
         longest = hidden.shape[1]  # padded on the left
