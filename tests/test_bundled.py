@@ -7,11 +7,12 @@ import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import bundled_lm
 from kvtalk import Link, Plan, bundled
@@ -67,15 +68,24 @@ def test_geometry_is_that_of_the_model_card(name: str) -> None:
         assert [index for index, x in enumerate(lm.spec.layers) if x.window is None] == [5, 11, 17]
 
 
-@both
-def test_loading_takes_seconds(name: str) -> None:
-    """Measured: 0.4 s and 2.2 s; the bound leaves room for a busy machine."""
-    best = float("inf")
+@pytest.mark.parametrize(("name", "times"), [("smollm2-135m", 2.5), ("gemma3-270m", 1.5)])
+def test_loading_takes_about_as_long_as_transformers_alone(name: str, times: float) -> None:
+    """Measured: 1.8 and 0.9 times as long, the best of three each, with the fingerprint and the checks of its cache."""
+    folder = str(bundled.folder_of(name))
+    ways: tuple[Callable[[], object], ...] = (
+        lambda: LM.load(name, dtype=torch.float32),
+        lambda: (
+            AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+            AutoTokenizer.from_pretrained(folder),
+        ),
+    )
+    best = [float("inf")] * len(ways)
     for _ in range(3):
-        start = time.perf_counter()
-        LM.load(name)
-        best = min(best, time.perf_counter() - start)
-    assert best < 5
+        for index, load in enumerate(ways):
+            start = time.perf_counter()
+            load()
+            best[index] = min(best[index], time.perf_counter() - start)
+    assert best[0] < times * best[1]
 
 
 @both

@@ -23,6 +23,7 @@ from kvtalk.rope import Rope, rotate
 STATIC_ROPE_TYPES = ("default", "linear", "llama3")
 _PROBE_POSITION = 5
 _PROBE_TOLERANCE = 0.05
+_AT_ONCE = 1 << 22  # numbers of a weight in one step of its digest
 
 
 @dataclass(frozen=True)
@@ -162,12 +163,8 @@ def _probe(model: PreTrainedModel, config: Any) -> tuple[list[Any], list[Any], D
         cache = DynamicCache(config=config)
         ids = torch.tensor([[token]], device=model.device)
         try:
-            model(
-                input_ids=ids,
-                position_ids=torch.full_like(ids, position),
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
+            model.base_model(  # what a next token would be is not asked, and reading the unembedding takes time
+                input_ids=ids, position_ids=torch.full_like(ids, position), past_key_values=cache, use_cache=True
             )
             states.append([(layer.keys, layer.values) for layer in cache.layers])
         except (AttributeError, TypeError, ValueError, RuntimeError) as error:
@@ -231,8 +228,8 @@ def _tokenizer_bytes(tokenizer: PreTrainedTokenizerBase) -> bytes:
 def _weight_bytes(model: PreTrainedModel) -> Iterator[bytes | memoryview]:
     for name, parameter in sorted(model.named_parameters()):
         yield f"{name}{tuple(parameter.shape)}".encode()
-        data = parameter.detach().to(torch.bfloat16).contiguous().cpu()
-        yield memoryview(data.view(torch.uint8).reshape(-1).numpy())
+        for part in parameter.detach().reshape(-1).split(_AT_ONCE):  # a whole embedding's copy is slow to allocate
+            yield memoryview(part.to(torch.bfloat16).cpu().view(torch.uint8).numpy())
 
 
 def _digest(chunks: Any) -> str:
