@@ -71,7 +71,7 @@ TABLES = (
     "across",
     "translator",
     "ceilings",
-    "encoders",
+    "learned",
     "further",
     "lora",
     "latents",
@@ -219,29 +219,35 @@ def translator() -> Iterator[str]:
 
 
 def ceilings() -> Iterator[str]:
-    """Across models: the translated cache against the receiver's own, through a translator of the same sizes."""
-    yield "| task | sharer+receiver | frozen, text | self | translated | translated / self | translated / text |"
-    yield "| --- " * 7 + "|"
+    """Across models: the translated cache against the receiver's own, through a translator of the same sizes, or by an
+    encoder that was trained to the decoder that ships."""
+    titles = "frozen, text | self | own, to this decoder | translated | translated / self | translated / text"
+    yield f"| task | sharer+receiver | {titles} |"
+    yield "| --- " * 8 + "|"
     for task, metric in CONTEXT_TASKS.items():
         for pair in PAIRS:
-            ours, own = rows_of(RESULTS / task / pair), rows_of(SELF / task / pair.partition("+")[2])
+            receiver = pair.partition("+")[2]
+            ours, own = rows_of(RESULTS / task / pair), rows_of(SELF / task / receiver)
             figures = [ours["text"][metric], own["cache bf16"][metric], ours["cache bf16"][metric]]
             shares = [f"{100 * figures[2][0] / other[0]:.0f}%" for other in (figures[1], figures[0])]
             cells = [*(figure(metric, value) for value in figures), *shares]
+            late = TRANSLATOR / "self_encoder" / task / receiver
+            cells.insert(2, figure(metric, rows_of(late)["cache bf16"][metric]) if late.exists() else "")
             yield f"| {task} | {pair} | {' | '.join(cells)} |"
 
 
-def encoders() -> Iterator[str]:
-    """Across models: the receiver's own cache through the decoder that ships, by an encoder that was trained to it."""
-    yield "| task, sharer+receiver | questions | its own, by an encoder to the same decoder | translated | difference |"
-    yield "| --- " * 5 + "|"
-    folder = TRANSLATOR / "self_encoder"
-    early = _records(folder / "squad.smollm2-135m.jsonl.gz")["cache bf16"]
-    own = {row["id"]: 100 * row["scores"]["f1"] for row in early}
-    yield _compared(f"squad, {PAIRS[1]}", own, _scores(RESULTS / "squad" / PAIRS[1], "f1")["cache bf16"])
+def learned() -> Iterator[str]:
+    """Across models: what was learned by heart; F1 on questions of the training data and on others, before and after
+    further training with questions that a model asked."""
+    yield "| sharer+receiver | SQuAD's questions | number | before | after | difference |"
+    yield "| --- " * 6 + "|"
     for pair in PAIRS:
-        both = folder / "countries" / pair.partition("+")[2], RESULTS / "countries" / pair
-        yield _compared(f"countries, {pair}", *(_scores(one, "contains")["cache bf16"] for one in both))
+        known = (TRANSLATOR / "learned" / when / pair for when in ("before", "after"))
+        for title, folders in (
+            ("trained on, every sixth", known),
+            ("test", (TRANSLATOR / "before" / "squad" / pair, RESULTS / "squad" / pair)),
+        ):
+            yield _compared(f"{pair} | {title}", *(_scores(folder, "f1")["cache bf16"] for folder in folders))
 
 
 def further() -> Iterator[str]:
@@ -250,12 +256,7 @@ def further() -> Iterator[str]:
     yield "| --- " * 5 + "|"
     for pair in PAIRS:
         old, new = (_scores(folder / "squad" / pair, "f1") for folder in (TRANSLATOR / "before", RESULTS))
-        for arm in (
-            "cache bf16",
-            "cache int4:token width=256",
-            "cache int4:token width=64",
-            "cache int2:token width=224",
-        ):
+        for arm in ("cache bf16", *(f"cache int4:token width={width}" for width in (256, 112, 64))):
             yield _compared(f"{pair} | {arm.removeprefix('cache ')}", old[arm], new[arm], count=False)
 
 
@@ -627,7 +628,7 @@ def choices() -> Iterator[str]:
 def narrowed() -> Iterator[str]:
     """What narrow latents cost: F1 above that of whole ones, question by question."""
     plans = ("512", "256", "128", "112", "64")
-    names = [*(f"int4:token width={width}" for width in plans), "int4:64x8 width=112"]
+    names = [f"int4:token width={width}" for width in plans]
     yield f"| sharer+receiver | {' | '.join(names)} |"
     yield "| --- " * (len(names) + 1) + "|"
     for pair in PAIRS:
@@ -685,7 +686,7 @@ def joined() -> Iterator[str]:
             cells += [f"{row['f1'][0]:.1f}" for row in controls] + [signed(ours["gain"])]
             yield f"| {name.replace('+', ' → ')} | {how} | {plan} | {' | '.join(cells)} |"
     for folder, name, how in (
-        (TRANSLATOR / "before" / "squad" / PAIRS[0], PAIRS[0].replace("+", " → "), "both halves, as shipped then"),
+        (TRANSLATOR / "space" / PAIRS[0], PAIRS[0].replace("+", " → "), "both halves, as shipped then"),
         (SELF / "squad" / MODELS[0], f"{MODELS[0]} → {MODELS[0]}", "both halves, *self* above"),
     ):
         for plan in ("bf16", "int4:token width=256"):

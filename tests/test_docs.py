@@ -54,7 +54,7 @@ def test_readme_lists_every_method() -> None:
         ("across", README),
         ("translator", TRANSLATOR),
         ("ceilings", TRANSLATOR),
-        ("encoders", TRANSLATOR),
+        ("learned", TRANSLATOR),
         ("further", TRANSLATOR),
         ("narrowed", TRANSLATOR),
         ("choices", TRANSLATOR),
