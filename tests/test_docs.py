@@ -56,6 +56,7 @@ def test_readme_lists_every_method() -> None:
         ("ceilings", TRANSLATOR),
         ("learned", TRANSLATOR),
         ("further", TRANSLATOR),
+        ("elsewhere", TRANSLATOR),
         ("narrowed", TRANSLATOR),
         ("choices", TRANSLATOR),
         ("lora", TRANSLATOR),

@@ -333,6 +333,20 @@ def test_another_models_cache_is_refused_before_anything_is_asked(tmp_path: Path
     run(pair, FREE, few(), make_arms(["receiver", "sharer", "text", "relay", "routing"]), tmp_path, SETTINGS)
 
 
+@pytest.mark.parametrize("word", ["", "a"])
+def test_a_batch_without_any_answer_is_told(
+    word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    items = [item.model_copy(update={"id": f"{row}-{item.id}"}) for row in range(7) for item in few()]
+
+    def run_batch(batch: Batch, arm: Arm) -> list[Record]:
+        return [Record(item.id, arm.name, word, dict.fromkeys(FREE.metrics, 0.0), 0, 0, 0, "") for item in batch.items]
+
+    monkeypatch.setattr(Batch, "run", run_batch)
+    run(link(), FREE, items, make_arms(["receiver"]), tmp_path, replace(SETTINGS, batch=35))
+    assert ("receiver: all 35 answers of a batch are empty" in capsys.readouterr().out) == (not word)
+
+
 def test_nan_is_no_score(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     protocol = protocol_for(task_named("arc_easy"), "likelihood")
     monkeypatch.setattr(LM, "logits", lambda self, rows, placed, keep=0: torch.full((len(rows), 8, 258), torch.nan))

@@ -14,7 +14,7 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from conftest import _SIZES, ARCHITECTURES, byte_tokenizer, tiny_lm
-from kvtalk import bundled, loading
+from kvtalk import bundled, loading, spec
 from kvtalk.errors import InputError, ModelError
 from kvtalk.models import LM
 from kvtalk.prompts import BARE, chat_format, default_format
@@ -85,6 +85,12 @@ def test_fingerprint_tells_models_apart_and_not_types() -> None:
     bf16 = AutoModelForCausalLM.from_config(one.model.config, dtype=torch.bfloat16)
     bf16.load_state_dict(one.model.state_dict())
     assert LM(bf16, byte_tokenizer()).spec.fingerprint == one.spec.fingerprint
+
+
+def test_fingerprint_does_not_depend_on_how_much_is_digested_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = tiny_lm().spec.fingerprint
+    monkeypatch.setattr(spec, "_AT_ONCE", 1000)
+    assert LM(tiny_lm().model, tiny_lm().tokenizer).spec.fingerprint == expected
 
 
 def test_fingerprint_does_not_depend_on_what_was_tokenized_before() -> None:

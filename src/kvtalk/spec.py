@@ -163,7 +163,7 @@ def _probe(model: PreTrainedModel, config: Any) -> tuple[list[Any], list[Any], D
         cache = DynamicCache(config=config)
         ids = torch.tensor([[token]], device=model.device)
         try:
-            model.base_model(  # what a next token would be is not asked, and reading the unembedding takes time
+            model.get_decoder()(  # without the unembedding, which takes long to read
                 input_ids=ids, position_ids=torch.full_like(ids, position), past_key_values=cache, use_cache=True
             )
             states.append([(layer.keys, layer.values) for layer in cache.layers])

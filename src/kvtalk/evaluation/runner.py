@@ -35,6 +35,9 @@ from kvtalk.evaluation.tasks import task_named
 from kvtalk.fusion import FusedLink
 from kvtalk.link import Link, Receiver
 
+_MANY = 32
+"""Answers of a batch that are hardly all empty unless something went wrong."""
+
 
 def run(
     link: Link,
@@ -94,6 +97,8 @@ def run(
                     file.writelines(map(folder.line, fresh))
                     file.flush()
                     bar.advance(task, len(fresh))
+                    if len(fresh) >= _MANY and not any(record.answer for record in fresh):
+                        bar.console.print(f"[yellow]{arm.name}: all {len(fresh)} answers of a batch are empty[/]")
         folder.finish(out, routing=len(asked) < len(arms))
         return recompute(out)
 
