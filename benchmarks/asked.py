@@ -13,6 +13,12 @@
         --arms text --out answered
     python benchmarks/asked.py keep answered check.jsonl.gz asked.jsonl.gz
 
+Of more passages, and several times a paragraph, the same with:
+
+    python benchmarks/asked.py want general.jsonl.gz wanted.jsonl.gz --questions 46000
+    python benchmarks/asked.py want squad_v1_train.jsonl.gz wanted.squad.jsonl.gz --questions 200000 --each 32
+    python benchmarks/asked.py keep answered check.jsonl.gz asked.jsonl.gz --others
+
 One LoRA learns from people's questions to ask for an answer that it is given, another one to answer. The first is given
 names, numbers and phrases of passages; what it asks is kept where the second, which does not see the wanted answer,
 finds it again in the passage. Rows have ``id``, ``context``, ``question``, ``answers``.

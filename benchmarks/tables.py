@@ -1,4 +1,4 @@
-"""The tables of README.md and docs/results.md, from the files under results/.
+"""The tables of README.md and docs/, from the files under results/.
 
 python benchmarks/tables.py [NAME ...], of those in TABLES
 """
@@ -73,6 +73,7 @@ TABLES = (
     "ceilings",
     "learned",
     "further",
+    "elsewhere",
     "lora",
     "latents",
     "narrowed",
@@ -237,35 +238,53 @@ def ceilings() -> Iterator[str]:
 
 
 def learned() -> Iterator[str]:
-    """Across models: what was learned by heart; F1 on questions of the training data and on others, before and after
-    further training with questions that a model asked."""
-    yield "| sharer+receiver | SQuAD's questions | number | before | after | difference |"
-    yield "| --- " * 6 + "|"
+    """Across models: F1 on questions about the training paragraphs and about others, before and after further training
+    with questions that a model asked; both controls are of the translator after it."""
+    yield "| sharer+receiver | SQuAD's questions | number | before | after | wrong | zeroed | difference |"
+    yield "| --- " * 8 + "|"
     for pair in PAIRS:
-        known = (TRANSLATOR / "learned" / when / pair for when in ("before", "after"))
+        known = [TRANSLATOR / "learned" / when / pair for when in ("before", "after")]
         for title, folders in (
             ("trained on, every sixth", known),
-            ("test", (TRANSLATOR / "before" / "squad" / pair, RESULTS / "squad" / pair)),
+            ("test", [TRANSLATOR / "before" / "squad" / pair, RESULTS / "squad" / pair]),
         ):
-            yield _compared(f"{pair} | {title}", *(_scores(folder, "f1")["cache bf16"] for folder in folders))
+            old, new = (_scores(folder, "f1") for folder in folders)
+            *cells, more = _compared(old["cache bf16"], new["cache bf16"])
+            cells += [f"{bootstrap(list(new[f'{kind} bf16'].values())).mean:.1f}" for kind in ("wrong", "zeroed")]
+            yield f"| {pair} | {title} | {len(new['cache bf16']):,} | {' | '.join([*cells, more])} |"
 
 
 def further() -> Iterator[str]:
-    """Across models: translators before and after they were trained on with questions that a model asked; F1."""
+    """Across models: what the last steps of training brought, by what crosses; F1 on SQuAD."""
     yield "| sharer+receiver | what crosses | before | after | difference |"
     yield "| --- " * 5 + "|"
     for pair in PAIRS:
         old, new = (_scores(folder / "squad" / pair, "f1") for folder in (TRANSLATOR / "before", RESULTS))
         for arm in ("cache bf16", *(f"cache int4:token width={width}" for width in (256, 112, 64))):
-            yield _compared(f"{pair} | {arm.removeprefix('cache ')}", old[arm], new[arm], count=False)
+            yield f"| {pair} | {arm.removeprefix('cache ')} | {' | '.join(_compared(old[arm], new[arm]))} |"
 
 
-def _compared(title: str, one: dict[str, float], other: dict[str, float], count: bool = True) -> str:
+def elsewhere() -> Iterator[str]:
+    """Across models: what the last steps of training brought on all tasks; F1 (Countries: right answers) and nats a
+    token of the right answer, whole latents."""
+    titles = "before | after | difference | answer NLL before | after | difference"
+    yield f"| task | sharer+receiver | {titles} |"
+    yield "| --- " * 8 + "|"
+    for task, metric in CONTEXT_TASKS.items():
+        for pair in PAIRS:
+            folders = TRANSLATOR / "before" / task / pair, RESULTS / task / pair
+            cells = _compared(*(_scores(folder, metric)["cache bf16"] for folder in folders))
+            old, new = (_scores(folder, "nll")["cache bf16"] for folder in folders)
+            more = bootstrap([new[key] - old[key] for key in old])
+            cells += [f"{bootstrap(list(scores.values())).mean:.2f}" for scores in (old, new)]
+            cells.append(f"{more.mean:+.2f} [{more.low:+.2f}, {more.high:+.2f}]")
+            yield f"| {task} | {pair} | {' | '.join(cells)} |"
+
+
+def _compared(one: dict[str, float], other: dict[str, float]) -> list[str]:
     """Means of two ways of answering the same questions, and of their differences."""
-    both = [key for key in other if key in one]
-    means = [figure("f1", bootstrap([scores[key] for key in both]).rounded()) for scores in (one, other)]
-    more = signed(bootstrap([other[key] - one[key] for key in both]).rounded())
-    return f"| {title} |{f' {len(both):,} |' if count else ''} {' | '.join(means)} | {more} |"
+    means = [figure("f1", bootstrap(list(scores.values())).rounded()) for scores in (one, other)]
+    return [*means, signed(bootstrap([other[key] - one[key] for key in one]).rounded())]
 
 
 def lora() -> Iterator[str]:
@@ -279,10 +298,8 @@ def lora() -> Iterator[str]:
             SELF / "squad" / receiver,
             RESULTS / "translator" / "lora" / "squad" / receiver,
         )
-        scores = [
-            {record.id: 100 * record.scores["f1"] for record in read_records(folder) if record.arm == arm}
-            for folder, arm in zip((folders[0], *folders), ("text", "cache bf16", "cache bf16", "text"), strict=True)
-        ]
+        arms = ("text", "cache bf16", "cache bf16", "text")
+        scores = [_scores(folder, "f1")[arm] for folder, arm in zip((folders[0], *folders), arms, strict=True)]
         cells = [figure("f1", bootstrap([one[key] for key in scores[-1]]).rounded()) for one in scores]
         yield f"| {pair} | {len(scores[-1]):,} | {' | '.join(cells)} |"
 
@@ -497,10 +514,10 @@ def taught() -> Iterator[str]:
 
 
 def _scores(folder: Path, metric: str) -> dict[str, dict[str, float]]:
-    """In percent, by arm and item."""
+    """By arm and item, in percent or nats; items in the order of their ids, as summaries take them."""
     found: dict[str, dict[str, float]] = {}
-    for record in read_records(folder):
-        found.setdefault(record.arm, {})[record.id] = 100 * record.scores[metric]
+    for record in sorted(read_records(folder), key=lambda record: record.id):
+        found.setdefault(record.arm, {})[record.id] = record.scores[metric] * (1 if metric == "nll" else 100)
     return found
 
 

@@ -77,7 +77,9 @@ def main() -> None:
         f"--receiver {options.receiver} --passages {options.passages}",
         "adapter": card.identity,
         "dtype": {"models": str(receiver.spec.dtype).removeprefix("torch."), "translator": "float32"},
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "machine": torch.cuda.get_device_name(receiver.device)
+        if receiver.device.type == "cuda"
+        else f"{platform.machine()}, {torch.get_num_threads()} threads",
         "passages": options.passages,
         "characters": [options.context, options.continuation],
         "kl": {way: _interval(values) for way, values in found.items()},
