@@ -2,7 +2,8 @@
 
     python benchmarks/fuser.py --out results/bench/fuser_cpu.json
 
-All ways begin with both models' caches and end with the receiver's enriched one, all gates open. ``layers`` is the
+All ways begin with both models' caches, the sharer's as it is unpacked (for ours in one tensor), and end with the
+receiver's enriched one, all gates open. ``layers`` is the
 published module: hidden 1,024, plain linear layers, one receiver layer after the other. ``stacked`` has its very
 weights in a fuser of ours, all layers at once; ``ours`` is a fuser of the default size. Speed does not depend on what
 a fuser has learned, so weights are random. Every round times each way once, in the same process; ratios are medians
@@ -93,11 +94,12 @@ def cache_of(shape: Shape, tokens: int, dtype: torch.dtype, device: str) -> KVCa
     return KVCache(tuple(LayerCache(*both, positions) for both in made), (tokens,))
 
 
-def stacked(network: Network, sharer: KVCache, own: KVCache, pairs: Pairs) -> list[tuple[Tensor, Tensor]]:
+def stacked(network: Network, received: Tensor, own: KVCache, pairs: Pairs) -> list[tuple[Tensor, Tensor]]:
     """What the receiver's side does once a packet is decoded and its tokens are aligned."""
     columns = pairs.theirs.expand(len(set(PUBLISHED.layers)), -1)
-    addition = network.added(sharer.layers, pairs.rows, columns, pairs.ours, own.stacked(), pairs)
-    held = own.stacked()
+    clean = own.stacked()
+    addition = network.added(received, pairs.rows, columns, pairs.ours, clean, pairs)
+    held = clean.clone()
     enrich(held, addition)
     return list(zip(held[::2].unbind(), held[1::2].unbind(), strict=True))
 
@@ -135,10 +137,11 @@ def measured(dtype: torch.dtype, device: str, tokens: int, rounds: int) -> dict[
     spec, every = spec_of(RECEIVER, dtype), torch.arange(tokens)
     pairs = Pairs(torch.zeros_like(every), every, every)
     wide, narrow = (Network(fuser, spec, torch.device(device)) for fuser in (large, small))
+    received = torch.stack([*(layer.keys for layer in sharer.layers), *(layer.values for layer in sharer.layers)])
     ways: dict[str, Callable[[], list[tuple[Tensor, Tensor]]]] = {
         "layers": lambda: by_layer(slots, sharer, own),
-        "stacked": lambda: stacked(wide, sharer, own, pairs),
-        "ours": lambda: stacked(narrow, sharer, own, pairs),
+        "stacked": lambda: stacked(wide, received, own, pairs),
+        "ours": lambda: stacked(narrow, received, own, pairs),
     }
     differences = [
         float((one - other).abs().max())

@@ -66,7 +66,7 @@ def main() -> None:
             tokens = len(alone.ids) - alone.begin
             caches = {"alone": own, "replaced": replaced(lm, own, after, tokens), "text": after}
             for way, cache in caches.items():
-                placed = placed_but_last(lm, cache, [], awaits=True)
+                placed = placed_but_last(lm, cache, cache.stacked(), [], awaits=True)
                 written[way].append(lm.generate([alone.ids[-1:]], placed, max_new_tokens=24)[0].text)
         scores = {
             way: [100 * score for score in METRICS["f1"].score(texts, items, "")] for way, texts in written.items()

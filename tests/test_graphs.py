@@ -76,7 +76,8 @@ def fused(network: Network, tokens: int, dtype: torch.dtype, device: str) -> Ten
     every = torch.arange(tokens)
     columns = torch.where(every % 3 == 1, -1, every).expand(SHARER.layers, -1)
     rows = torch.zeros_like(every)
-    return network.added(lent.layers, rows, columns, every, own.stacked(), Pairs(rows, every, every)).added
+    received = torch.stack([*(layer.keys for layer in lent.layers), *(layer.values for layer in lent.layers)])
+    return network.added(received, rows, columns, every, own.stacked(), Pairs(rows, every, every)).added
 
 
 def latents_of(tokens: int, device: str) -> Tensor:

@@ -394,9 +394,7 @@ class Prefix:
         return self.length - self.start if gaps else self.longest
 
 
-def unpacked(
-    prefixes: Sequence[Prefix], spec: ModelSpec, device: torch.device | str
-) -> tuple[list[LayerCache], Tensor]:
+def unpacked(prefixes: Sequence[Prefix], spec: ModelSpec, device: torch.device | str) -> tuple[Tensor, Tensor]:
     """Caches side by side, one row each, right-padded; neighbouring layers that lie alike are read in one go.
 
     Args:
@@ -405,8 +403,8 @@ def unpacked(
         device: where to.
 
     Returns:
-        the layers, and the positions of all of them from each prefix's start on, ``[layers, batch, tokens]`` on the
-        CPU.
+        keys of every layer and then values of every layer, ``[2 · layers, batch, kv_heads, tokens, head_dim]``, and the
+        positions from each prefix's start on, ``[layers, batch, tokens]`` on the CPU.
 
     Raises:
         CacheError: a prefix does not have the model's layers.
@@ -417,20 +415,20 @@ def unpacked(
     sources = [source for layer in zip(*rows, strict=True) for source in layer]
     kv_heads, head_dim = sources[0].shape
     longest = max(source.positions.shape[1] for source in sources)
-    keys = torch.zeros(len(sources), kv_heads, longest, head_dim, dtype=spec.dtype, device=device)
-    values, positions = torch.zeros_like(keys), torch.full((len(sources), longest), PADDING)
+    held = torch.zeros(2, len(sources), kv_heads, longest, head_dim, dtype=spec.dtype, device=device)
+    positions = torch.full((len(sources), longest), PADDING)
     for _, run in groupby(range(len(sources)), lambda number: sources[number].kind):
         first, *others = run
         joined = sources[first].stacked([sources[other] for other in others]) if others else sources[first]
         tokens, there = joined.positions.shape[1], slice(first, first + 1 + len(others))
         if tokens:
-            joined.keys_into(keys[there, :, :tokens])
-            joined.values_into(values[there, :, :tokens])
+            joined.keys_into(held[0, there, :, :tokens])
+            joined.values_into(held[1, there, :, :tokens])
             positions[there, :tokens] = joined.positions
-    keys, values, positions = (one.view(len(spec.layers), -1, *one.shape[1:]) for one in (keys, values, positions))
+    positions = positions.view(len(spec.layers), -1, longest)
     starts = torch.tensor([prefix.start for prefix in prefixes])[:, None]
     positions = torch.where(positions == PADDING, PADDING, positions - starts)
-    return [LayerCache(*one) for one in zip(keys, values, positions, strict=True)], positions
+    return held.view(2 * len(spec.layers), -1, kv_heads, longest, head_dim), positions
 
 
 def _extents(positions: Tensor) -> list[Extent]:

@@ -76,10 +76,11 @@ class Own:
 
     def placed(self, additions: Sequence[Addition]) -> PlacedCache:
         """The cache with what sharers add, ready for the last token."""
-        return placed_but_last(self.lm, self.cache, additions, any(addition.last for addition in additions))
+        awaits = any(addition.last for addition in additions)
+        return placed_but_last(self.lm, self.cache, self.held.clone(), additions, awaits)
 
 
-def placed_but_last(lm: LM, cache: KVCache, additions: Sequence[Addition], awaits: bool) -> PlacedCache:
+def placed_but_last(lm: LM, cache: KVCache, held: Tensor, additions: Sequence[Addition], awaits: bool) -> PlacedCache:
     """A model's own cache from position 0 on with what sharers add, ready to read the last token of each row once more.
 
     Gradients flow into the additions.
@@ -87,11 +88,11 @@ def placed_but_last(lm: LM, cache: KVCache, additions: Sequence[Addition], await
     Args:
         lm: the model.
         cache: its own.
+        held: a copy of it, as :meth:`kvtalk.cache.KVCache.stacked` gives it, which becomes the placed cache.
         additions: what sharers add.
         awaits: whether the last token's keys and values are those of the cache with what is added, or what the model
             makes of it now.
     """
-    held = cache.stacked()
     for addition in additions:
         enrich(held, addition)
     ends = torch.tensor(cache.length) - 1

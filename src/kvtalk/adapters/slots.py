@@ -7,7 +7,6 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from kvtalk.adapters.enriched import Addition
@@ -81,17 +80,14 @@ def bare_layers(
     return {index: replace(layer, keys=one) for index, layer, one in zip(wanted, layers, keys, strict=True)}
 
 
-def read_by(layers: Sequence[LayerCache] | Mapping[int, LayerCache], slots: Sequence[tuple[int, int]]) -> Tensor:
+def read_by(layers: Mapping[int, LayerCache], slots: Sequence[tuple[int, int]]) -> Tensor:
     """What each slot reads, ``[slots, batch, kv_heads, tokens, head_dim]``.
 
     Args:
-        layers: of one shape, but for their tokens: shorter ones are filled up with zeros.
+        layers: of one shape.
         slots: index of the layer, and whether its keys (0) or values (1).
     """
-    tensors = [(layers[index].keys, layers[index].values)[kind] for index, kind in slots]
-    longest = max(tensor.shape[2] for tensor in tensors)
-    filled = [one if one.shape[2] == longest else F.pad(one, (0, 0, 0, longest - one.shape[2])) for one in tensors]
-    return torch.stack(filled)
+    return torch.stack([(layers[index].keys, layers[index].values)[kind] for index, kind in slots])
 
 
 def taken(held: Tensor, places: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
@@ -156,20 +152,20 @@ class Network:
         """
         self.slots = Slots(fuser.slots, spec, fuser.geometry.rope, device)
         self._last = fuser.geometry.last
-        self._lent, read = read_of(fuser.geometry, fuser.slots), fuser.sharer_layers
-        self._layers = torch.tensor([read.index(layer) for layer, _ in self._lent], device=device)
-        self._places = torch.arange(len(self._lent), device=device)[:, None]
+        lent, read, layers = read_of(fuser.geometry, fuser.slots), fuser.sharer_layers, fuser.geometry.sharer.layers
+        self._layers = torch.tensor([read.index(layer) for layer, _ in lent], device=device)
+        self._places = torch.tensor([kind * layers + layer for layer, kind in lent], device=device)[:, None]
         parts = fuser.split(slots_at_once(device.type, fuser))
         weights = [tensor for part in parts for tensor in (*part.parameters(), *part.buffers())]
         self._added = Graphed(partial(_added, parts, self.slots), weights)
 
     def added(
-        self, lent: Sequence[LayerCache], rows: Tensor, columns: Tensor, owners: Tensor, held: Tensor, pairs: Pairs
+        self, lent: Tensor, rows: Tensor, columns: Tensor, owners: Tensor, held: Tensor, pairs: Pairs
     ) -> Addition:
         """What is to be added to tokens of the receiver's cache; zeros where nothing was sent.
 
         Args:
-            lent: the sharer's layers, on the receiver's device.
+            lent: what packets held, on the receiver's device, as :func:`kvtalk.cache.unpacked` gives it.
             rows: of each of its tokens, ``[entries]``, like all that says which tokens on the CPU.
             columns: of each in every layer that the fuser reads, ``[layers, entries]``; −1 where it was not sent.
             owners: number of each one's receiver token, ``[entries]``, never decreasing.
@@ -179,7 +175,7 @@ class Network:
         which = rows, columns, owners, pairs.rows, pairs.ours, pairs.theirs
         rows, columns, owners, *once = sent_together(which, held.device)
         pairs, columns = Pairs(*once), columns[self._layers]
-        theirs = taken(read_by(lent, self._lent), self._places, rows, columns)
+        theirs = taken(lent, self._places, rows, columns)
         theirs, missing = averaged(theirs, columns < 0, owners, len(pairs.rows))
         ours = taken(held, self.slots.places, pairs.rows, pairs.ours)
         added = self._added(theirs, ours, missing, pairs.ours[None])

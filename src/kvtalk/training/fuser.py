@@ -223,7 +223,7 @@ class Fusing:
             angles = self.slots.angles(pairs.ours)
             added = self.slots.turned(added.masked_fill(missing[:, :, None], 0), angles)
             additions.append(Addition(pairs, self.slots.places, added, self.geometry.last))
-        placed = placed_but_last(self.receiver, cache, additions, self.geometry.last)
+        placed = placed_but_last(self.receiver, cache, cache.stacked(), additions, self.geometry.last)
         hidden = self.receiver.states(batch.tails, placed.rows(batch.prompts))
         longest = hidden.shape[1]  # padded on the left
         counts = [len(answer) for answer in batch.answers]
