@@ -187,6 +187,12 @@ def test_halves_of_one_space_are_joined_and_serve(
     ]
     assert answers[0] == answers[1]
     refused(in_process("join", *halves, "--out", tmp_path / "joined"), "holds an adapter already")
+    assert in_process(*command, "-o", tmp_path / "again", "--decoder", translator, "--seed", 1).returncode == 0
+    mean = in_process("average", tmp_path / "further", tmp_path / "again", "-o", tmp_path / "mean")
+    assert f"--adapter {tmp_path / 'mean'}" in mean.stdout, mean.stderr
+    again = in_process("ask", *options, "--no-compare", "-a", tmp_path / "mean")
+    assert again.returncode == 0, again.stderr
+    refused(in_process("average", tmp_path / "further", "nothing", "-o", tmp_path / "x"), "no adapter")
     refused(in_process("join", "--encoder", "nothing", "--decoder", translator, "-o", tmp_path / "x"), "no adapter")
     refused(in_process(*command, "-o", tmp_path / "x", *halves), "nothing is left to train", "kvtalk join")
     refused(in_process(*command, "-o", tmp_path / "x", "--encoder", translator), "this adapter's sharer is", "weights")

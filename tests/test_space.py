@@ -13,7 +13,7 @@ from conftest import tiny_lm
 from kvtalk import Link
 from kvtalk.adapters.cards import CARD, SHIPPED, Party, read_card
 from kvtalk.adapters.halves import both_halves, receiver_half, tokenizer_of
-from kvtalk.adapters.store import Half, join, save_adapter
+from kvtalk.adapters.store import Half, average, join, save_adapter
 from kvtalk.adapters.translator import Geometry, Pairing, Translator
 from kvtalk.cache import Prefix
 from kvtalk.errors import AdapterError, TrainingError
@@ -258,3 +258,44 @@ def _standard(translator: Translator, vectors: torch.Tensor) -> torch.Tensor:
 def test_a_lora_of_the_receiver_has_its_base_models_tokenizer(tiny_folder: Path) -> None:
     plain, tuned = tokenizer_of(str(tiny_folder)), tokenizer_of(f"{tiny_folder}+a-lora")
     assert tokenizer_digest(tuned) == tokenizer_digest(plain)
+
+
+def test_a_mean_of_translators_is_that_of_their_weights(models: dict[str, LM], tmp_path: Path) -> None:
+    folders = [made(models[S], models[G], tmp_path / str(seed), seed) for seed in (1, 2, 3)]
+    card = average(folders, tmp_path / "mean")
+    assert card.facts == {"mean of": [read_card(folder)[0].identity for folder in folders]}
+    for part in ("encoder", "decoder"):
+        mean, *others = (Half.of(folder, part).load().state_dict() for folder in (tmp_path / "mean", *folders))
+        for name, tensor in mean.items():
+            expected = sum(other[name].float() for other in others) / 3
+            torch.testing.assert_close(tensor.float(), expected, atol=2e-2, rtol=1e-2)
+    link = Link(models[S], models[G], adapter=tmp_path / "mean")
+    assert link.ask(CONTEXT, "Who?", max_new_tokens=2).cost.bytes > 0
+
+
+def test_a_half_that_is_the_same_in_all_stays_as_it_is_and_so_does_the_space(
+    models: dict[str, LM], tmp_path: Path
+) -> None:
+    first = made(models[S], models[G], tmp_path / "first", 1, packing="nf4:1x64")
+    second = made(models[S], models[G], tmp_path / "second", 2, Half.of(first, "decoder"))
+    card = average([first, second], tmp_path / "mean", "nf4:1x64")
+    assert card.space == read_card(first)[0].space
+    assert (tmp_path / "mean" / "decoder.safetensors").read_bytes() == (first / "decoder.safetensors").read_bytes()
+    assert card.weights["encoder"] not in {read_card(folder)[0].weights["encoder"] for folder in (first, second)}
+
+
+def test_a_mean_that_cannot_be_is_refused(models: dict[str, LM], tmp_path: Path) -> None:
+    one = made(models[S], models[G], tmp_path / "one", 1)
+    other = made(models[S], models[G2], tmp_path / "other", 1)
+    reverse = made(models[G], models[G], tmp_path / "reverse", 1)
+    for names, words in (
+        ([one], "two adapters at least"),
+        ([one, one], "all the same"),
+        ([one, other], "other receiver"),
+        ([one, reverse], "other sharer"),
+        ([one, "nothing"], "no adapter"),
+    ):
+        with pytest.raises(AdapterError, match=words):
+            average(names, tmp_path / "mean")
+    with pytest.raises(AdapterError, match="holds an adapter already"):
+        average([one, made(models[S], models[G], tmp_path / "two", 2)], one)

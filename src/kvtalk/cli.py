@@ -11,6 +11,7 @@ from rich.markup import escape
 from kvtalk.commands.align import align
 from kvtalk.commands.answer import answer
 from kvtalk.commands.ask import ask
+from kvtalk.commands.average import average
 from kvtalk.commands.console import err
 from kvtalk.commands.curve import curve
 from kvtalk.commands.demo import demo
@@ -41,6 +42,7 @@ app.command()(inspect)
 app.command()(align)
 app.command()(import_c2c)
 app.command()(join)
+app.command()(average)
 app.command()(push)
 app.command("eval")(evaluate)
 app.command()(curve)

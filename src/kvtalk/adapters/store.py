@@ -1,4 +1,4 @@
-"""Adapters written: a card and the weights of each part, and joined from the halves of others.
+"""Adapters written: a card and the weights of each part, joined from the halves of others, or their mean.
 
 A translator has two parts, one for each side, and one is loaded without the other; a fuser has one, and a predictor
 for the sharer's side once that is fitted. Translators whose halves were trained to one latent space name it on their
@@ -8,11 +8,12 @@ cards, and any encoder of a space can be joined with any of its decoders.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import xxhash
 from safetensors.torch import save
 
@@ -156,6 +157,48 @@ def join(encoder: str | Path, decoder: str | Path, folder: Path) -> Card:
     facts = {half.part: half.facts for half in (ours, theirs)}
     blobs = {half.part: half.blob() for half in (ours, theirs)}
     return _write(folder, blobs, Card("translator", sharer, receiver, geometry, {}, ours.card.space, facts))
+
+
+def average(names: Sequence[str | Path], folder: Path, packing: str | None = None) -> Card:
+    """Write the translator whose weights are the mean of others', after model soups
+    ([2203.05482](https://arxiv.org/abs/2203.05482)).
+
+    Args:
+        names: two translators at least, of which each was trained on from another one, or all from one: means of
+            others are worth nothing, and that cannot be seen from here. A half that is the same in all stays as it is,
+            and so does the latent space.
+        folder: created if need be.
+        packing: codec of the matrices, such as ``nf4:1x64``; None for bf16.
+
+    Raises:
+        AdapterError: fewer than two, of other models or sizes, all the same, missing or damaged, or the folder holds an
+            adapter already.
+        CodecError: matrices that cannot be packed so.
+    """
+    found = [read_card(name, "translator") for name in names]
+    if len(found) < 2:
+        raise AdapterError("a mean needs two adapters at least")
+    if (folder / CARD).exists():
+        raise AdapterError(f"{folder} holds an adapter already: give another folder")
+    last = found[-1][0]
+    for name, (card, _) in zip(names, found, strict=True):
+        for what in ("sharer", "receiver"):
+            if getattr(card, what).fingerprint != getattr(last, what).fingerprint:
+                raise AdapterError(f"{name} has another {what} than {names[-1]}: they have no mean")
+        if card.geometry != last.geometry:
+            raise AdapterError(f"{name} has other sizes than {names[-1]}: they have no mean")
+    same = [part for part in PARTS["translator"] if len({card.weights[part] for card, _ in found}) == 1]
+    if len(same) == len(PARTS["translator"]):
+        raise AdapterError("these adapters are all the same")
+    assert isinstance(last.geometry, Geometry)
+    translator = Translator(last.geometry)
+    for part in PARTS["translator"]:
+        states = [Half(part, *one).load().state_dict() for one in found]
+        means = {key: torch.stack([state[key].float() for state in states]).mean(0) for key in states[0]}
+        getattr(translator, part).load_state_dict(means)
+    frozen = Half(same[0], *found[-1]) if same else None
+    facts = {"mean of": [card.identity for card, _ in found]}
+    return save_adapter(translator, last.sharer, last.receiver, folder, packing, facts, frozen)
 
 
 def _write(folder: Path, blobs: Mapping[str, bytes], card: Card) -> Card:

@@ -42,6 +42,7 @@ AdapterOption = Annotated[
         "smollm2-135m+gemma3-270m.",
     ),
 ]
+PackingOption = Annotated[str, typer.Option("--packing", help="Codec of the saved matrices; bf16 for none.")]
 
 
 def plan_of(text: str | None, seed: int) -> Plan | None:

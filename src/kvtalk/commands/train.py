@@ -11,6 +11,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from kvtalk.commands.console import loading, out
+from kvtalk.commands.options import PackingOption
 
 if TYPE_CHECKING:
     from kvtalk.models import LM
@@ -77,7 +78,7 @@ def translator(
             min=1, max=64, help="Receiver tokens that give one latent, which takes one place in the receiver's cache."
         ),
     ] = 1,
-    packing: Annotated[str, typer.Option(help="Codec of the saved matrices; bf16 for none.")] = "nf4:1x64",
+    packing: PackingOption = "nf4:1x64",
     trained: Annotated[
         Path | None, typer.Option("--from", help="Folder of an earlier run of this pair: start from its weights.")
     ] = None,
@@ -184,7 +185,7 @@ def fuser(
     ] = None,
     keep: Annotated[float, typer.Option(min=0.001, max=1, help="Share of its tokens to keep in every step.")] = 1.0,
     policy: Annotated[str, typer.Option(help="Token policy for that.")] = "value_norm",
-    packing: Annotated[str, typer.Option(help="Codec of the saved matrices; bf16 for none.")] = "nf4:1x64",
+    packing: PackingOption = "nf4:1x64",
     trained: Annotated[
         Path | None,
         typer.Option(
