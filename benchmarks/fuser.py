@@ -3,11 +3,10 @@
     python benchmarks/fuser.py --out results/bench/fuser_cpu.json
 
 All ways begin with both models' caches, the sharer's as it is unpacked (for ours in one tensor), and end with the
-receiver's enriched one, all gates open. ``layers`` is the
-published module: hidden 1,024, plain linear layers, one receiver layer after the other. ``stacked`` has its very
-weights in a fuser of ours, all layers at once; ``ours`` is a fuser of the default size. Speed does not depend on what
-a fuser has learned, so weights are random. Every round times each way once, in the same process; ratios are medians
-over rounds.
+receiver's enriched one, all gates open. ``layers`` is the published module: hidden 1,024, plain linear layers, one
+receiver layer after the other. ``stacked`` has its very weights in a fuser of ours, all layers at once; ``ours`` is a
+fuser of the default size. Speed does not depend on what a fuser has learned, so weights are random. Every round times
+each way once, in the same process; ratios are medians over rounds.
 """
 
 from __future__ import annotations

@@ -74,6 +74,7 @@ TABLES = (
     "learned",
     "further",
     "elsewhere",
+    "means",
     "lora",
     "latents",
     "narrowed",
@@ -279,6 +280,27 @@ def elsewhere() -> Iterator[str]:
             cells += [f"{bootstrap(list(scores.values())).mean:.2f}" for scores in (old, new)]
             cells.append(f"{more.mean:+.2f} [{more.low:+.2f}, {more.high:+.2f}]")
             yield f"| {task} | {pair} | {' | '.join(cells)} |"
+
+
+def means() -> Iterator[str]:
+    """Across models: the translator whose weights are the mean of those before and after the last steps; F1 on SQuAD's
+    first questions and nats a token of right answers, whole latents."""
+    titles = "before | after | mean | wrong | zeroed | gain | mean above after | NLL before | after | mean"
+    yield f"| sharer+receiver | questions | {titles} |"
+    yield "| --- " * 12 + "|"
+    for pair in PAIRS:
+        folder = TRANSLATOR / "mean" / pair
+        row, nll, f1 = rows_of(folder), _scores(folder, "nll")["cache bf16"], _scores(folder, "f1")["cache bf16"]
+        single = TRANSLATOR / "before" / "squad" / pair, RESULTS / "squad" / pair
+        whole = [[_scores(one, metric)["cache bf16"] for one in single] for metric in ("f1", "nll")]
+        old, new = ({key: scores[key] for key in f1} for scores in whole[0])
+        nats = [[scores[key] for key in nll] for scores in whole[1]]
+        before, after, _ = _compared(old, new)
+        cells = [before, after, figure("f1", row["cache bf16"]["f1"])]
+        cells += [f"{row[f'{kind} bf16']['f1'][0]:.1f}" for kind in ("wrong", "zeroed")]
+        cells += [signed(row["cache bf16"]["gain"]), _compared(new, f1)[-1]]
+        cells += [f"{bootstrap(values).mean:.2f}" for values in (*nats, list(nll.values()))]
+        yield f"| {pair} | {len(f1)} | {' | '.join(cells)} |"
 
 
 def _compared(one: dict[str, float], other: dict[str, float]) -> list[str]:

@@ -57,6 +57,7 @@ def test_readme_lists_every_method() -> None:
         ("learned", TRANSLATOR),
         ("further", TRANSLATOR),
         ("elsewhere", TRANSLATOR),
+        ("means", TRANSLATOR),
         ("narrowed", TRANSLATOR),
         ("choices", TRANSLATOR),
         ("lora", TRANSLATOR),
