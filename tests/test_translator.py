@@ -319,6 +319,38 @@ def test_training_goes_down_keeps_the_models_and_resumes_to_the_same_losses(mode
         training(*models, texts, geometry(*models), dataclasses.replace(recipe, tokens=99), tmp_path / "whole")
 
 
+def test_the_mean_of_the_last_weights_is_measured_kept_and_started_from(models, texts, tmp_path):
+    recipe = dataclasses.replace(RECIPE, schedule=Schedule(8, warm_up=2, averaged=0.5))
+    seen, checked = {}, []
+
+    def run_until(last):
+        run = training(*models, texts, geometry(*models), recipe, tmp_path)
+        measure = run.objective.measure
+
+        def measured(module):
+            checked.append(module.encoder.inward.weight.clone())
+            return measure(module)
+
+        run.objective.checks, run.objective.measure = run.objective.checks[:1], measured
+
+        def report(step, shown):
+            if "total" in shown:
+                seen[step] = run.module.encoder.inward.weight.detach().clone()
+            elif step == last < 8:
+                raise KeyboardInterrupt
+
+        return run.run(report, check_every=3, report_every=1)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_until(6)
+    kept = run_until(8).encoder.inward.weight
+    torch.testing.assert_close(kept, torch.stack([seen[step] for step in (5, 6, 7, 8)]).mean(dim=0))
+    assert torch.equal(checked[-1], kept)
+    assert torch.equal(checked[1], seen[3])  # before there is a mean
+    begun = training(*models, texts, geometry(*models), RECIPE, tmp_path / "next", trained=tmp_path)
+    assert torch.equal(begun.module.encoder.inward.weight, kept)
+
+
 def test_a_loss_that_is_no_number_stops_training_and_keeps_the_last_checkpoint(models, texts, tmp_path):
     run = training(*models, texts, geometry(*models), RECIPE, tmp_path)
     run.objective.checks = run.objective.checks[:1]

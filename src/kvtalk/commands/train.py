@@ -69,6 +69,12 @@ def translator(
         float, typer.Option(min=0, max=1, help="Share of the other later steps that read the context again, as text.")
     ] = 0.0,
     regression: Annotated[float, typer.Option(min=0, max=1, help="Share of steps that only regress.")] = 0.1,
+    averaged: Annotated[
+        float,
+        typer.Option(
+            min=0, max=1, help="Share of the steps, the last ones, whose weights' mean is kept; 0 for the last weights."
+        ),
+    ] = 0.0,
     longest: Annotated[int, typer.Option(min=200, help="Characters of the longest plain contexts.")] = 4000,
     width: Annotated[int, typer.Option(min=64, help="Channels of the adapter, a multiple of 64.")] = 576,
     latent: Annotated[int, typer.Option(min=16, help="Numbers of a whole latent.")] = 1024,
@@ -134,7 +140,7 @@ def translator(
     with tempfile.TemporaryDirectory() as scratch:  # what cannot be saved is found before it is trained
         save_adapter(Translator(geometry), *parties, Path(scratch), pack, frozen=frozen)
     recipe = Recipe(
-        schedule=Schedule(steps=steps, rate=rate, optimizer=optimizer),
+        schedule=Schedule(steps=steps, rate=rate, optimizer=optimizer, averaged=averaged),
         tokens=tokens,
         questions=questions,
         quotes=quotes,

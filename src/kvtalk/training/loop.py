@@ -46,6 +46,8 @@ class Schedule:
         warm_up: steps to the peak; by default a tenth of them, at most 100.
         decay: weight decay.
         optimizer: ``muon`` for matrices (and AdamW for the rest), or ``adamw``.
+        averaged: share of the steps, the last ones, after which the weights are taken into the mean that is kept in
+            place of the last ones (stochastic weight averaging, 1803.05407); 0 keeps the last ones.
     """
 
     steps: int = 2000
@@ -53,6 +55,7 @@ class Schedule:
     warm_up: int | None = None
     decay: float = 0.01
     optimizer: str = "muon"
+    averaged: float = 0.0
 
     def share(self, step: int) -> float:
         """Of the peak rate."""
@@ -94,6 +97,28 @@ class _Best:
             self.module = {name: value.detach().clone() for name, value in module.items()}
         else:
             self.since += 1
+
+
+@dataclass
+class _Mean:
+    """Of the weights after some steps.
+
+    Attributes:
+        steps: that many.
+        module: their mean.
+    """
+
+    steps: int = 0
+    module: dict[str, Tensor] = field(default_factory=dict)
+
+    @torch.no_grad()
+    def take(self, module: dict[str, Tensor]) -> None:
+        """The weights after one more step."""
+        self.steps += 1
+        if self.steps == 1:
+            self.module = {name: value.detach().clone() for name, value in module.items()}
+        for name, value in module.items():
+            self.module[name].lerp_(value, 1 / self.steps)
 
 
 class Loop:
@@ -139,7 +164,7 @@ class Loop:
         processes = self.accelerator.num_processes
         waits = {"patience": patience} if patience else {}
         self.settings = json.loads(json.dumps({**settings, "processes": processes, **waits}))
-        self.step, self.patience, self._best = 0, patience, _Best()
+        self.step, self.patience, self._best, self._mean = 0, patience, _Best(), _Mean()
         self._resume()
 
     def run(
@@ -172,21 +197,25 @@ class Loop:
                     shown["steps a second"] = (self.step + 1 - first) / (time.perf_counter() - started)
                     self._note(report, self.step + 1, shown)
                 self.step += 1
+                if self.step > (1 - self.schedule.averaged) * steps:
+                    self._mean.take(self._learned())
                 if checks:
+                    last = {name: value.clone() for name, value in self._learned().items()}
+                    self._fill(self._mean.module)
                     with self.objective.during(self.module, steps if self.patience else self.step):
                         measured = self.objective.measure(self.module)  # what would be kept, as it would be
                     self._check(measured)
                     if self.patience:
                         gain = torch.tensor(measured[GAIN], device=self.accelerator.device)
                         self._best.weigh(float(broadcast(gain)), self._learned())  # every process the same
+                    self._fill(last)
                     self._save()
                     self._note(report, self.step, measured)
                 if self.patience and self._best.since >= self.patience:
                     break
             except CodecError as error:  # what is no number cannot be packed
                 raise self._lost() from error
-        if self._best.module:
-            self._fill(self._best.module)
+        self._fill(self._best.module or self._mean.module)
         return self.module
 
     def _loader(self) -> DataLoader[Any]:
@@ -243,14 +272,15 @@ class Loop:
             "module": self._learned(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "best": vars(self._best),
+            "mean": vars(self._mean),
         }
         partial = self.out / "checkpoint.partial"
         torch.save(state, partial)
         partial.replace(self.out / CHECKPOINT)
 
     def _fill(self, learned: dict[str, Tensor]) -> None:
-        state = self.module.state_dict()
-        self.module.load_state_dict({**learned, **{name: state[name] for name in self._frozen}})
+        """Put what was learned in the module's place; nothing leaves it as it is."""
+        self.module.load_state_dict({**self.module.state_dict(), **learned})
 
     def _learned(self) -> dict[str, Tensor]:
         return {name: value for name, value in self.module.state_dict().items() if name not in self._frozen}
@@ -271,6 +301,7 @@ class Loop:
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.step, self._best = state["step"], _Best(**state.get("best", {}))
+        self._mean = _Mean(**state.get("mean", {}))
         log = self.out / LOG
         if log.exists() and self.accelerator.is_main_process:  # what came after the checkpoint is done again
             lines = [line for line in log.read_text("utf-8").splitlines() if json.loads(line)["step"] <= self.step]
@@ -319,6 +350,7 @@ def weights_of(folder: Path, settings: dict[str, Any], alike: Sequence[str]) -> 
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
         theirs, module = dict(state["settings"]), dict(state["module"])
+        module = dict(state.get("mean", {}).get("module", {})) or module
     except OSError as error:
         raise TrainingError(f"{folder} holds no {CHECKPOINT} of an earlier run") from error
     except (RuntimeError, KeyError, TypeError, ValueError, UnpicklingError) as error:
