@@ -12,7 +12,7 @@ from conftest import byte_tokenizer, random_cache, tiny_lm
 from kvtalk import Link, Plan, Receiver, Sharer
 from kvtalk.adapters.cards import CARD, Party, read_card
 from kvtalk.adapters.halves import both_halves, receiver_half, sharer_half
-from kvtalk.adapters.store import save_adapter
+from kvtalk.adapters.store import Half, save_adapter
 from kvtalk.adapters.translator import Geometry, Pairing, Translator, pair
 from kvtalk.adapters.vectors import from_vectors, to_vectors
 from kvtalk.adapters.weights import load_decoder, load_encoder
@@ -317,6 +317,24 @@ def test_training_goes_down_keeps_the_models_and_resumes_to_the_same_losses(mode
             training(*models, texts, size, RECIPE, tmp_path / "next2", trained=where)
     with pytest.raises(TrainingError, match="other settings"):
         training(*models, texts, geometry(*models), dataclasses.replace(recipe, tokens=99), tmp_path / "whole")
+
+
+def test_a_run_starts_from_an_adapter(models, texts, tmp_path):
+    parties = [Party(lm.name, lm.spec.fingerprint) for lm in models]
+    for name in ("one", "other"):
+        save_adapter(Translator(geometry(*models)), *parties, tmp_path / name, "nf4:1x8")
+    begun = training(*models, texts, geometry(*models), RECIPE, tmp_path / "run", trained=tmp_path / "one")
+    card, folder = read_card(tmp_path / "one")
+    held = {"encoder": load_encoder(card, folder), "decoder": load_decoder(card, folder)}
+    for name, value in begun.module.state_dict().items():
+        part, _, rest = name.partition(".")
+        assert torch.equal(value, held[part].state_dict()[rest].float())
+    with pytest.raises(TrainingError, match=r"the adapter .*one has another geometry, sharer, receiver"):
+        training(*models[::-1], texts, geometry(*models[::-1]), RECIPE, tmp_path / "run2", trained=tmp_path / "one")
+    half = Half.of(tmp_path / "one", "decoder")
+    training(*models, texts, geometry(*models), RECIPE, tmp_path / "half", trained=tmp_path / "one", frozen=half)
+    with pytest.raises(TrainingError, match="another frozen"):
+        training(*models, texts, geometry(*models), RECIPE, tmp_path / "run3", trained=tmp_path / "other", frozen=half)
 
 
 def test_the_mean_of_the_last_weights_is_measured_kept_and_started_from(models, texts, tmp_path):

@@ -85,8 +85,17 @@ def translator(
         ),
     ] = 1,
     packing: PackingOption = "nf4:1x64",
+    rounded: Annotated[
+        float,
+        typer.Option(min=0, max=1, help="Share of the steps, the last ones, with matrices as the file will hold them."),
+    ] = 0.2,
     trained: Annotated[
-        Path | None, typer.Option("--from", help="Folder of an earlier run of this pair: start from its weights.")
+        str | None,
+        typer.Option(
+            "--from",
+            help="Folder of an earlier run of this pair, or an adapter (folder, hub id, or the name of one that comes "
+            "with kvtalk): start from its weights.",
+        ),
     ] = None,
     encoder: Annotated[
         str | None,
@@ -148,6 +157,7 @@ def translator(
         regression=regression,
         widths=tuple(size for size in Recipe.widths if size < latent),
         packing=pack,
+        packed=rounded,
         seed=seed,
     )
     run = training(reads, answers, texts, geometry, recipe, out_folder, trained, frozen)

@@ -355,10 +355,25 @@ def weights_of(folder: Path, settings: dict[str, Any], alike: Sequence[str]) -> 
         raise TrainingError(f"{folder} holds no {CHECKPOINT} of an earlier run") from error
     except (RuntimeError, KeyError, TypeError, ValueError, UnpicklingError) as error:
         raise TrainingError(f"{file} is damaged or not a run's checkpoint") from error
+    same_settings(f"the run in {folder}", theirs, settings, alike)
+    return Weights(module, str(xxhash.xxh3_64_hexdigest(file.read_bytes())))
+
+
+def same_settings(what: str, theirs: dict[str, Any], settings: dict[str, Any], alike: Sequence[str]) -> None:
+    """Refuse to start from what is of other settings.
+
+    Args:
+        what: to start from, for the message.
+        theirs: its settings, as JSON gives them back.
+        settings: of the new run.
+        alike: which of them both must share.
+
+    Raises:
+        TrainingError: one differs.
+    """
     different = [key for key in alike if theirs.get(key) != json.loads(json.dumps(settings[key]))]
     if different:
-        raise TrainingError(f"the run in {folder} has another {', '.join(different)}: start from one with the same")
-    return Weights(module, str(xxhash.xxh3_64_hexdigest(file.read_bytes())))
+        raise TrainingError(f"{what} has another {', '.join(different)}: start from one with the same")
 
 
 def _optimizers(module: nn.Module, schedule: Schedule) -> list[torch.optim.Optimizer]:

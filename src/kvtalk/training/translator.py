@@ -8,6 +8,7 @@ translator serves every budget. (Recipe: docs/translator.md.)
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kvtalk.adapters.cards import PARTS, read_card
 from kvtalk.adapters.store import Half
 from kvtalk.adapters.translator import (
     Encoder,
@@ -31,13 +33,13 @@ from kvtalk.adapters.translator import (
 from kvtalk.adapters.vectors import from_vectors, to_vectors
 from kvtalk.cache import PADDING, KVCache
 from kvtalk.device import sent
-from kvtalk.errors import TrainingError
+from kvtalk.errors import AdapterError, TrainingError
 from kvtalk.models import LM
 from kvtalk.placed import PlacedCache, PlacedLayer
 from kvtalk.rope import rotate_layers
 from kvtalk.training.batches import Batch, Batches, Recipe
 from kvtalk.training.linear import begin_decoder, begin_encoder, begin_linear
-from kvtalk.training.loop import Loop, weights_of
+from kvtalk.training.loop import CHECKPOINT, Loop, Weights, same_settings, weights_of
 from kvtalk.training.losses import token_losses
 from kvtalk.training.rounding import rounded
 from kvtalk.training.texts import Texts
@@ -217,7 +219,7 @@ def training(
     geometry: Geometry,
     recipe: Recipe,
     out: Path,
-    trained: Path | None = None,
+    trained: str | Path | None = None,
     frozen: Half | None = None,
 ) -> Loop:
     """A run that trains a translator, ready to start or to go on.
@@ -229,14 +231,14 @@ def training(
         geometry: of the translator.
         recipe: how.
         out: folder for checkpoints and the log; a run in it is continued.
-        trained: folder of an earlier run, from whose weights to start instead of the best linear map. Give the same
-            texts, or what is kept back for validation may be what that run was trained on.
+        trained: folder of an earlier run, or an adapter, from whose weights to start instead of the best linear map.
+            Give the same texts, or what is kept back for validation may be what it was trained on.
         frozen: an adapter's half that stays as it is, in its own sizes; the other one learns its latent space.
 
     Raises:
         AdapterError: the frozen half does not fit, is missing or damaged.
-        TrainingError: the folder holds a run of other settings or the frozen half, or the earlier run is of another
-            pair, frozen half, or other sizes.
+        TrainingError: the folder holds a run of other settings or the frozen half, or the earlier run or adapter is
+            not there, or of another pair, frozen half, or other sizes.
     """
     if frozen is not None:
         geometry = frozen.fitted(geometry, sharer.spec, receiver.spec)
@@ -259,7 +261,7 @@ def training(
         "texts": texts.digest,
         "frozen": frozen and {frozen.part: frozen.card.weights[frozen.part]},
     }
-    begun = None if trained is None else weights_of(trained, settings, ("geometry", "sharer", "receiver", "frozen"))
+    begun = None if trained is None else _begun(trained, settings)
     settings["trained"] = begun and begun.digest
     loop = Loop(translator, Translation(pair, translator, recipe, checks), batches, recipe.schedule, settings, out)
     if loop.step == 0 and begun is not None:
@@ -271,6 +273,30 @@ def training(
     elif loop.step == 0:
         begin_decoder(translator, _aligned(pair, batches, translator.encoder))
     return loop
+
+
+def _begun(trained: str | Path, settings: dict[str, Any]) -> Weights:
+    """What an earlier run learned, or what an adapter holds."""
+    alike = ("geometry", "sharer", "receiver", "frozen")
+    if (Path(trained) / CHECKPOINT).exists():
+        return weights_of(Path(trained), settings, alike)
+    try:
+        card, folder = read_card(trained, "translator")
+    except AdapterError as error:
+        raise TrainingError(f"{trained} holds no {CHECKPOINT} of an earlier run, and no adapter: {error}") from error
+    frozen = settings["frozen"]
+    theirs = {
+        "geometry": json.loads(json.dumps(asdict(card.geometry, dict_factory=by_name))),
+        "sharer": asdict(card.sharer.fingerprint),
+        "receiver": asdict(card.receiver.fingerprint),
+        "frozen": frozen and {part: card.weights[part] for part in frozen},
+    }
+    same_settings(f"the adapter {trained}", theirs, settings, alike)
+    halves = {part: Half(part, card, folder).load() for part in PARTS["translator"]}
+    states = {
+        f"{part}.{name}": value.float() for part, half in halves.items() for name, value in half.state_dict().items()
+    }
+    return Weights(states, card.identity)
 
 
 def _aligned(pair: Pair, batches: Batches, encoder: Encoder | None = None) -> Iterator[tuple[Tensor, Tensor]]:
