@@ -58,6 +58,20 @@ SPACE = {
     "gemma3-270m+gemma3-270m.lora": "never together: both joined",
 }
 """Pairs of three models, and what of their adapters was trained to what."""
+VERSIONS = {"4,050 steps": "4050", "5,500 steps": "5500"}
+"""Of the translators that shipped before: title and folder."""
+CANDIDATES = {
+    "fifth": "fifth: mean of third and fourth",
+    "sixth.last": "sixth, its last weights",
+    "sixth": "sixth: mean of its last 1,500 steps",
+    "sixth.bf16": "sixth, matrices in bf16",
+    "fifth+sixth": "mean of fifth and sixth",
+    "fifth+sixth.bf16": "mean of fifth and sixth, matrices in bf16",
+    "rounded": "mean of fifth and sixth, 150 steps more in NF4",
+    "fourth+sixth": "mean of fourth and sixth",
+    "third+sixth": "mean of third and sixth",
+    "third+fourth+sixth": "mean of third, fourth and sixth: ships",
+}
 READ_BY = {"gemma3-270m+gemma3-270m.lora": "smollm2-135m+gemma3-270m.lora"}
 """Where the same receiver read the same text."""
 
@@ -74,7 +88,7 @@ TABLES = (
     "learned",
     "further",
     "elsewhere",
-    "means",
+    "candidates",
     "lora",
     "latents",
     "narrowed",
@@ -239,68 +253,70 @@ def ceilings() -> Iterator[str]:
 
 
 def learned() -> Iterator[str]:
-    """Across models: F1 on questions about the training paragraphs and about others, before and after further training
-    with questions that a model asked; both controls are of the translator after it."""
-    yield "| sharer+receiver | SQuAD's questions | number | before | after | wrong | zeroed | difference |"
+    """Across models: F1 on questions about the training paragraphs and about others, by what shipped when; both
+    controls are of the translator that ships now."""
+    yield f"| sharer+receiver | SQuAD's questions | number | {' | '.join(VERSIONS)} | now | wrong | zeroed |"
     yield "| --- " * 8 + "|"
     for pair in PAIRS:
-        known = [TRANSLATOR / "learned" / when / pair for when in ("before", "after")]
-        for title, folders in (
-            ("trained on, every sixth", known),
-            ("test", [TRANSLATOR / "before" / "squad" / pair, RESULTS / "squad" / pair]),
-        ):
-            old, new = (_scores(folder, "f1") for folder in folders)
-            *cells, more = _compared(old["cache bf16"], new["cache bf16"])
-            cells += [f"{bootstrap(list(new[f'{kind} bf16'].values())).mean:.1f}" for kind in ("wrong", "zeroed")]
-            yield f"| {pair} | {title} | {len(new['cache bf16']):,} | {' | '.join([*cells, more])} |"
+        known = [TRANSLATOR / "learned" / when / pair for when in (*VERSIONS.values(), "now")]
+        for title, folders in (("trained on, every sixth", known), ("test", _versions("squad", pair))):
+            found = [_scores(folder, "f1") for folder in folders]
+            cells = [figure("f1", bootstrap(list(scores["cache bf16"].values())).rounded()) for scores in found]
+            cells += [f"{bootstrap(list(found[-1][f'{kind} bf16'].values())).mean:.1f}" for kind in ("wrong", "zeroed")]
+            yield f"| {pair} | {title} | {len(found[-1]['cache bf16']):,} | {' | '.join(cells)} |"
 
 
 def further() -> Iterator[str]:
-    """Across models: what the last steps of training brought, by what crosses; F1 on SQuAD."""
-    yield "| sharer+receiver | what crosses | before | after | difference |"
-    yield "| --- " * 5 + "|"
+    """Across models: F1 on SQuAD by what shipped when and by what crosses."""
+    first, last = VERSIONS
+    yield f"| sharer+receiver | what crosses | {first} | {last} | now | now above {last} |"
+    yield "| --- " * 6 + "|"
     for pair in PAIRS:
-        old, new = (_scores(folder / "squad" / pair, "f1") for folder in (TRANSLATOR / "before", RESULTS))
+        older, old, new = (_scores(folder, "f1") for folder in _versions("squad", pair))
         for arm in ("cache bf16", *(f"cache int4:token width={width}" for width in (256, 112, 64))):
-            yield f"| {pair} | {arm.removeprefix('cache ')} | {' | '.join(_compared(old[arm], new[arm]))} |"
+            cells = [_compared(older[arm], old[arm])[0], *_compared(old[arm], new[arm])]
+            yield f"| {pair} | {arm.removeprefix('cache ')} | {' | '.join(cells)} |"
 
 
 def elsewhere() -> Iterator[str]:
-    """Across models: what the last steps of training brought on all tasks; F1 (Countries: right answers) and nats a
-    token of the right answer, whole latents."""
-    titles = "before | after | difference | answer NLL before | after | difference"
+    """Across models: all tasks by what shipped when; F1 (Countries: right answers) and nats a token of the right
+    answer, whole latents."""
+    first, last = VERSIONS
+    titles = f"{first} | {last} | now | now above {last} | answer NLL, {first} | {last} | now | now above {last}"
     yield f"| task | sharer+receiver | {titles} |"
-    yield "| --- " * 8 + "|"
+    yield "| --- " * 10 + "|"
     for task, metric in CONTEXT_TASKS.items():
         for pair in PAIRS:
-            folders = TRANSLATOR / "before" / task / pair, RESULTS / task / pair
-            cells = _compared(*(_scores(folder, metric)["cache bf16"] for folder in folders))
-            old, new = (_scores(folder, "nll")["cache bf16"] for folder in folders)
-            more = bootstrap([new[key] - old[key] for key in old])
-            cells += [f"{bootstrap(list(scores.values())).mean:.2f}" for scores in (old, new)]
+            folders = _versions(task, pair)
+            older, old, new = (_scores(folder, metric)["cache bf16"] for folder in folders)
+            cells = [_compared(older, old)[0], *_compared(old, new)]
+            nats = [_scores(folder, "nll")["cache bf16"] for folder in folders]
+            cells += [f"{bootstrap(list(scores.values())).mean:.2f}" for scores in nats]
+            more = bootstrap([nats[2][key] - nats[1][key] for key in nats[1]])
             cells.append(f"{more.mean:+.2f} [{more.low:+.2f}, {more.high:+.2f}]")
             yield f"| {task} | {pair} | {' | '.join(cells)} |"
 
 
-def means() -> Iterator[str]:
-    """Across models: the translator whose weights are the mean of those before and after the last steps; F1 on SQuAD's
-    first questions and nats a token of right answers, whole latents."""
-    titles = "before | after | mean | wrong | zeroed | gain | mean above after | NLL before | after | mean"
-    yield f"| sharer+receiver | questions | {titles} |"
-    yield "| --- " * 12 + "|"
-    for pair in PAIRS:
-        folder = TRANSLATOR / "mean" / pair
-        row, nll, f1 = rows_of(folder), _scores(folder, "nll")["cache bf16"], _scores(folder, "f1")["cache bf16"]
-        single = TRANSLATOR / "before" / "squad" / pair, RESULTS / "squad" / pair
-        whole = [[_scores(one, metric)["cache bf16"] for one in single] for metric in ("f1", "nll")]
-        old, new = ({key: scores[key] for key in f1} for scores in whole[0])
-        nats = [[scores[key] for key in nll] for scores in whole[1]]
-        before, after, _ = _compared(old, new)
-        cells = [before, after, figure("f1", row["cache bf16"]["f1"])]
-        cells += [f"{row[f'{kind} bf16']['f1'][0]:.1f}" for kind in ("wrong", "zeroed")]
-        cells += [signed(row["cache bf16"]["gain"]), _compared(new, f1)[-1]]
-        cells += [f"{bootstrap(values).mean:.2f}" for values in (*nats, list(nll.values()))]
-        yield f"| {pair} | {len(f1)} | {' | '.join(cells)} |"
+def candidates() -> Iterator[str]:
+    """Into SmolLM2: runs and means of them, of which what ships was chosen by the first half of SQuAD's questions."""
+    yield "| weights | F1, first 1,024 | F1, the other 1,025 | F1, all | above the fifth's | answer NLL |"
+    yield "| --- " * 6 + "|"
+    place = TRANSLATOR / "candidates"
+    folders = dict(zip(("third", "fourth"), _versions("squad", PAIRS[1]), strict=False))
+    folders |= {title: place / name for name, title in CANDIDATES.items()}
+    base = _scores(place / "fifth", "f1")["cache bf16"]
+    first = set((place / "chosen_on.txt").read_text("utf-8").split())
+    for title, folder in folders.items():
+        f1, nll = (_scores(folder, metric)["cache bf16"] for metric in ("f1", "nll"))
+        halves = ([f1[key] for key in f1 if (key in first) == chosen_on] for chosen_on in (True, False))
+        cells = [f"{statistics.mean(half):.1f}" for half in halves]
+        whole, more = _compared(base, f1)[1:]
+        yield f"| {title} | {' | '.join(cells)} | {whole} | {more} | {bootstrap(list(nll.values())).mean:.2f} |"
+
+
+def _versions(task: str, pair: str) -> list[Path]:
+    """What the translators that shipped answered, the present one last."""
+    return [*(TRANSLATOR / "versions" / steps / task / pair for steps in VERSIONS.values()), RESULTS / task / pair]
 
 
 def _compared(one: dict[str, float], other: dict[str, float]) -> list[str]:

@@ -57,7 +57,7 @@ def test_readme_lists_every_method() -> None:
         ("learned", TRANSLATOR),
         ("further", TRANSLATOR),
         ("elsewhere", TRANSLATOR),
-        ("means", TRANSLATOR),
+        ("candidates", TRANSLATOR),
         ("narrowed", TRANSLATOR),
         ("choices", TRANSLATOR),
         ("lora", TRANSLATOR),
