@@ -117,7 +117,7 @@ def prepared(fuser: Fuser, dtype: torch.dtype, device: str) -> Fuser:
     for parameter in fuser.parameters():
         if is_matrix(parameter):
             parameter.data = parameter.data.to(dtype)
-    return fuser.to(device).eval().opened().typed()
+    return fuser.to(device).eval().opened().fold()
 
 
 @torch.no_grad()

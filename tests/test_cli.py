@@ -178,6 +178,12 @@ def test_halves_of_one_space_are_joined_and_serve(
     halves = ("--encoder", tmp_path / "further", "--decoder", translator)
     joined = in_process("join", *halves, "--out", tmp_path / "joined")
     assert joined.returncode == 0, joined.stderr
+    further = in_process(
+        *command, "-o", tmp_path / "y", "--from", tmp_path / "joined", "--averaged", 0.5, "--rounded", 1
+    )
+    assert further.returncode == 0, further.stderr
+    refused(in_process(*command, "-o", tmp_path / "x", "--from", tmp_path / "further"), "another frozen")
+    refused(in_process(*command, "-o", tmp_path / "x", "--from", tmp_path / "nothing"), "no adapter")
     asks = f"--sharer {other_folder} --receiver {tiny_folder} --adapter {tmp_path / 'joined'}"
     assert f"next: kvtalk ask --context notes.txt --question '...' {asks}" in joined.stdout
     options = ("-c", context, "-q", "Who?", "-s", other_folder, "-r", tiny_folder, "--max-new-tokens", 3, "--json")

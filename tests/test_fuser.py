@@ -132,7 +132,7 @@ class Pair:
 
     def __init__(self, fuser: Fuser, sharer: LM, receiver: LM, folder: Path) -> None:
         parties = [Party(lm.name, lm.spec.fingerprint) for lm in (sharer, receiver)]
-        card = save_adapter(fuser, *parties, folder, "fp32")
+        card, self.fuser = save_adapter(fuser, *parties, folder, "fp32"), fuser
         self.sharer = FusedSharer(SharerSide(card, fuser.opened().slots, sharer, receiver.tokenizer))
         self.side = ReceiverSide(card, fuser, receiver, sharer.tokenizer)
         self.receiver = FusedReceiver(receiver, [self.side])
@@ -191,6 +191,27 @@ def receiver() -> LM:
 def joined(receiver: LM, tmp_path_factory: pytest.TempPathFactory) -> Pair:
     fuser = random_fuser(geometry_of(other_lm(), receiver))
     return Pair(fuser, other_lm(), receiver, tmp_path_factory.mktemp("fuser"))
+
+
+@pytest.mark.parametrize("parts", [{}, {"residual": False}, {"projects": True}, {"weighted": False, "gated": False}])
+@torch.no_grad()
+def test_a_folded_fuser_adds_what_it_added(receiver: LM, parts: dict[str, bool]) -> None:
+    fuser = random_fuser(geometry_of(other_lm(), receiver, **parts))
+    geometry, tokens = fuser.geometry, 7
+    fuser.standardise(
+        *(3 + 2 * torch.randn(geometry.slots, 40, shape.width) for shape in (geometry.sharer, geometry.receiver))
+    )
+    read = [torch.randn(geometry.slots, tokens, shape.width) for shape in (geometry.sharer, geometry.receiver)]
+    added = fuser(*read)
+    folded = fuser.opened().fold()
+    torch.testing.assert_close(folded(*read), added, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(folded.fold()(*read), folded(*read), atol=0, rtol=0)  # a second time nothing happens
+    both = [
+        part(*(one[rows] for one in read))
+        for part, rows in zip(folded.split(3), torch.arange(geometry.slots).split(3), strict=True)
+    ]
+    torch.testing.assert_close(torch.cat(both), added, atol=1e-4, rtol=1e-4)
+    assert torch.equal(fuser(*read), added)  # the one that it was made from stays
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -697,7 +718,7 @@ def test_stored_weights_come_back(
 
 
 def test_wrong_models_and_tokenizers_are_refused(joined: Pair, receiver: LM) -> None:
-    card, fuser = joined.side.card, joined.side.fuser
+    card, fuser = joined.side.card, joined.fuser
     tokenizer = other_lm().tokenizer
     with pytest.raises(AdapterError, match="this adapter's sharer is sharer; .*kvtalk train fuser"):
         SharerSide(card, fuser.slots, receiver, receiver.tokenizer)
@@ -722,7 +743,7 @@ def test_a_fuser_that_comes_along_is_found_by_the_names_of_its_models(
     save_adapter(translator, *parties, tmp_path / "sharer+gemma3")
     with pytest.raises(AdapterError, match="a translator, no fuser: give it by --adapter"):
         read_card("sharer+gemma3", "fuser")
-    card = save_adapter(joined.side.fuser, *parties, tmp_path / "sharer+gemma3.fuser")
+    card = save_adapter(joined.fuser, *parties, tmp_path / "sharer+gemma3.fuser")
     assert read_card("sharer+gemma3", "fuser")[1] == tmp_path / "sharer+gemma3.fuser"
     assert read_card("sharer+gemma3", "translator")[1] == read_card("sharer+gemma3")[1] == tmp_path / "sharer+gemma3"
     assert read_card("sharer+gemma3.fuser")[0].kind == "fuser"

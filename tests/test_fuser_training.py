@@ -812,14 +812,16 @@ def test_kinds_of_rows_are_drawn_by_their_shares(
 
 
 @pytest.mark.usefixtures("deterministic")
+@pytest.mark.parametrize("averaged", [0, 0.75])
 def test_a_run_with_patience_ends_early_with_what_it_was_best_with(
-    models: tuple[LM, LM], geometry: FuserGeometry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    models: tuple[LM, LM], geometry: FuserGeometry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, averaged: float
 ) -> None:
+    recipe = replace(RECIPE, schedule=replace(SCHEDULE, averaged=averaged))
     gains = {0: 0.0, 2: 0.1, 4: 0.5, 6: 0.2, 8: 0.5, 10: 0.9, 12: 0.9}
     honest = Fusing.measure
 
     def run(out: Path, until: int) -> tuple[Loop, dict[int, dict[str, Tensor]]]:
-        made = training(*models, Exchanges.of(rows()), geometry, RECIPE, out, patience=2)
+        made = training(*models, Exchanges.of(rows()), geometry, recipe, out, patience=2)
         seen: dict[int, dict[str, Tensor]] = {}
 
         def measured(self: Fusing, module: Any) -> dict[str, float]:
@@ -838,7 +840,9 @@ def test_a_run_with_patience_ends_early_with_what_it_was_best_with(
     assert again.step == 8
     assert all(torch.equal(value, seen[4][name]) for name, value in again.module.state_dict().items())
     with pytest.raises(TrainingError, match="other settings .patience differ"):
-        training(*models, Exchanges.of(rows()), geometry, RECIPE, tmp_path / "cut")
+        training(*models, Exchanges.of(rows()), geometry, recipe, tmp_path / "cut")
+    begun = training(*models, Exchanges.of(rows()), geometry, RECIPE, tmp_path / "next", trained=tmp_path / "cut")
+    assert all(torch.equal(value, seen[4][name]) for name, value in begun.module.state_dict().items())
 
 
 def test_the_gain_is_above_the_better_control(

@@ -20,7 +20,7 @@ from kvtalk.adapters.translator import Decoder, Geometry
 from kvtalk.cache import KVCache, LayerCache
 
 SHARER, RECEIVER = Shape(3, 2, 32), Shape(4, 1, 64)
-SIZES = (70, 96, 65, 130, 1, 64, 70, 96)
+SIZES = (70, 96, 65, 130, 1, 2, 64, 70, 96)
 
 
 class Rerun(Graphed):
@@ -59,7 +59,7 @@ def network_of(dtype: torch.dtype, device: str) -> Network:
     torch.manual_seed(0)
     fuser = Fuser(FuserGeometry(SHARER, RECEIVER, (0, 1, 1, 2), hidden=64, middle=64, weighing=32))
     spec = replace(bare_spec(RECEIVER.layers, RECEIVER.kv_heads, RECEIVER.head_dim), dtype=dtype)
-    return Network(ready(fuser, dtype, device).opened().typed(), spec, torch.device(device))
+    return Network(ready(fuser, dtype, device).opened().fold(), spec, torch.device(device))
 
 
 def cache_of(shape: Shape, tokens: int, dtype: torch.dtype, device: str) -> KVCache:
@@ -69,12 +69,12 @@ def cache_of(shape: Shape, tokens: int, dtype: torch.dtype, device: str) -> KVCa
     return KVCache(tuple(LayerCache(*both, positions) for both in made), (tokens,))
 
 
-def fused(network: Network, tokens: int, dtype: torch.dtype, device: str) -> Tensor:
-    """All but the last token; every third was not sent."""
+def fused(network: Network, tokens: int, dtype: torch.dtype, device: str, whole: bool = False) -> Tensor:
+    """All but the last token; every third was not sent, if not the whole."""
     torch.manual_seed(tokens)
     lent, own = (cache_of(shape, tokens + 1, dtype, device) for shape in (SHARER, RECEIVER))
     every = torch.arange(tokens)
-    columns = torch.where(every % 3 == 1, -1, every).expand(SHARER.layers, -1)
+    columns = torch.where((every % 3 == 1) & (not whole), -1, every).expand(SHARER.layers, -1)
     rows = torch.zeros_like(every)
     received = torch.stack([*(layer.keys for layer in lent.layers), *(layer.values for layer in lent.layers)])
     return network.added(received, rows, columns, every, own.stacked(), Pairs(rows, every, every)).added
@@ -111,6 +111,10 @@ def test_a_fuser_that_is_filled_up_adds_what_it_adds_alone(replayed: None):
     filled._added = run = Rerun(plain._added)
     kept = [tuple(fused(network, tokens, torch.float32, "cpu") for network in (filled, plain)) for tokens in SIZES]
     assert run.recorded == [96, 64]
+    kept += [
+        tuple(fused(network, tokens, torch.float32, "cpu", True) for network in (filled, plain)) for tokens in (70, 96)
+    ]
+    assert run.recorded == [96, 64, 96]  # where everything was sent less is computed
     for got, expected in kept:
         assert got.shape == expected.shape
         assert expected.abs().max() > 0

@@ -28,7 +28,9 @@ from test_fuser import other_lm
 
 CONTEXT = "The ferry was built in 1931 by the Harlow yard; naïve people call it 北京 😀."
 SMALL = {"width": 64, "latent": 64, "decoder_blocks": 1, "bottleneck": 64}
-RECIPE = Recipe(Schedule(4, warm_up=1), tokens=128, widths=(16, 32), longest=200, packing="nf4:1x64", packed=1.0)
+RECIPE = Recipe(
+    Schedule(4, warm_up=1), tokens=128, widths=(16, 32), longest=200, packing="nf4:1x64", packed=1.0
+)
 S, G, G2 = "sharer", "receiver", "second receiver"
 MODELS = {S: lambda: tiny_lm("llama"), G: lambda: tiny_lm("gemma3"), G2: lambda: tiny_lm("qwen3")}
 
@@ -100,7 +102,8 @@ def test_a_frozen_half_stays_to_the_bit_and_the_other_learns(
     if part == "encoder":  # G2's tokens are G's
         assert models[G2].spec.fingerprint.weights != models[G].spec.fingerprint.weights
     half = Half.of(first, part)
-    run = training(*pair, texts, geometry(*pair), RECIPE, tmp_path / "run", frozen=half)
+    recipe = dataclasses.replace(RECIPE, schedule=dataclasses.replace(RECIPE.schedule, averaged=0.5))
+    run = training(*pair, texts, geometry(*pair), recipe, tmp_path / "run", frozen=half)
     translator = run.module
     assert isinstance(translator, Translator)
     other = translator.decoder if part == "encoder" else translator.encoder

@@ -172,6 +172,12 @@ class Stacked(nn.Module):
         self.bias = nn.Parameter(torch.zeros(slots, 1, outputs)) if bias else None
         nn.init.normal_(self.weight, std=inputs**-0.5)
 
+    def scale(self, by: Tensor) -> None:
+        """Multiply inputs, ``[slots, inputs, 1]``, or outputs, ``[slots, 1, outputs]``, by something."""
+        self.weight.data = (self.weight.float() * by.float()).to(self.weight.dtype)
+        if self.bias is not None and by.shape[1] == 1:
+            self.bias.data = self.bias.data * by
+
     def forward(self, inputs: Tensor) -> Tensor:
         """Multiply, in the type of the matrices."""
         inputs = inputs if torch.is_autocast_enabled(inputs.device.type) else inputs.to(self.weight.dtype)
@@ -181,7 +187,13 @@ class Stacked(nn.Module):
 
 
 class Block(nn.Module):
-    """Residual block of every slot: RMSNorm, a matrix, GELU, a matrix."""
+    """Residual block of every slot: RMSNorm, a matrix, GELU, a matrix.
+
+    Attributes:
+        norm: gains, ``[slots, 1, hidden]``; None where they are in the first matrix.
+    """
+
+    norm: nn.Parameter | None
 
     def __init__(self, slots: int, hidden: int, middle: int) -> None:
         super().__init__()
@@ -190,7 +202,9 @@ class Block(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """``[slots, tokens, hidden]`` to the same."""
-        normal = F.rms_norm(hidden, hidden.shape[-1:], eps=_EPSILON) * self.norm.to(hidden.dtype)
+        normal = F.rms_norm(hidden, hidden.shape[-1:], eps=_EPSILON)
+        if self.norm is not None:
+            normal = normal * self.norm.to(hidden.dtype)
         return hidden + torch.as_tensor(self.down(F.gelu(self.up(normal))))
 
 
@@ -201,6 +215,7 @@ class Fuser(nn.Module):
         geometry: sizes and parts.
         slots: numbers of the slots that it holds; all of them, but for what :meth:`opened` gives.
         temperature: of the gates while training; 0 for gates as at inference, with gradients passed straight through.
+        folded: whether gains and scales are in the matrices beside them, see :meth:`fold`.
     """
 
     sharer_mean: Tensor
@@ -216,7 +231,7 @@ class Fuser(nn.Module):
             slots: those to hold; by default all.
         """
         super().__init__()
-        self.geometry, self.temperature = geometry, 1.0
+        self.geometry, self.temperature, self.folded = geometry, 1.0, False
         self.slots = tuple(range(geometry.slots) if slots is None else slots)
         count, theirs, ours = len(self.slots), geometry.sharer.width, geometry.receiver.width
         for name, width in (("sharer", theirs), ("receiver", ours)):
@@ -261,7 +276,8 @@ class Fuser(nn.Module):
         if geometry.weighted:
             weights = self.weights(self.weighing(hidden)).float().sigmoid()
             added = (added.unflatten(2, (geometry.receiver.kv_heads, -1)) * weights[..., None]).flatten(2)
-        added = added * self.receiver_scale
+        if not self.folded:
+            added = added * self.receiver_scale
         if not geometry.residual:
             return torch.as_tensor(added + self.receiver_mean - receiver)
         return torch.as_tensor(added * self._openings(added) if geometry.gated else added)
@@ -284,6 +300,7 @@ class Fuser(nn.Module):
     def of_slots(self, which: Sequence[int]) -> Fuser:
         """The same with some of its slots, by their place in :attr:`slots`; those of a range share its memory."""
         fuser = Fuser(self.geometry, [self.slots[index] for index in which])
+        fuser._drop_gains(self.folded)
         rows = slice(which.start, which.stop, which.step) if isinstance(which, range) else list(which)
         fuser.load_state_dict({name: tensor[rows] for name, tensor in self.state_dict().items()}, assign=True)
         return fuser.train(self.training)
@@ -295,14 +312,29 @@ class Fuser(nn.Module):
         starts = range(0, len(self.slots), slots)
         return [self.of_slots(range(start, min(start + slots, len(self.slots)))) for start in starts]
 
-    def typed(self) -> Fuser:
-        """Itself, with norms and biases in the type of the matrices beside them: cast once, not in every call."""
+    @torch.no_grad()
+    def fold(self) -> Fuser:
+        """Itself, for use alone: norms' gains and the scale of what is added are multiplied into the matrices beside
+        them, and biases have these matrices' type, once and not in every call."""
+        if self.folded:
+            return self
+        for block in self._blocks():
+            if block.norm is not None:
+                block.up.scale(block.norm.transpose(1, 2))
+        self.outward.scale(self.receiver_scale)
+        self._drop_gains(True)
         for module in self.modules():
-            if isinstance(module, Block):
-                module.norm.data = module.norm.data.to(module.up.weight.dtype)
-            elif isinstance(module, Stacked) and module.bias is not None:
+            if isinstance(module, Stacked) and module.bias is not None:
                 module.bias.data = module.bias.data.to(module.weight.dtype)
         return self
+
+    def _blocks(self) -> list[Block]:
+        return [module for module in self.modules() if isinstance(module, Block)]
+
+    def _drop_gains(self, folded: bool) -> None:
+        self.folded = folded
+        for block in self._blocks():
+            block.norm = None if folded else block.norm
 
     @property
     def sharer_layers(self) -> list[int]:

@@ -166,7 +166,7 @@ class ReceiverSide:
             raise AdapterError(f"the receiver needs the tokenizer of {card.sharer.name}, this is another one")
         self.card, self.lm, self.tokenizer = card, lm, tokenizer
         self.geometry = geometry_of(card)
-        self.fuser = beside(fuser.opened(), lm).typed()
+        self.fuser = beside(fuser.opened(), lm).fold()
         self._network = Network(self.fuser, lm.spec, lm.device)
         self.spec = wire_spec(card, self.fuser.slots, replace(lm.spec, fingerprint=card.sharer.fingerprint))
 

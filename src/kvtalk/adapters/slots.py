@@ -172,24 +172,30 @@ class Network:
             held: the receiver's cache from position 0 on, as :meth:`kvtalk.cache.KVCache.stacked` gives it.
             pairs: which of its tokens, each once.
         """
+        whole = len(owners) == len(pairs.rows) and bool((columns >= 0).all())  # one sharer token for each, all sent
         which = rows, columns, owners, pairs.rows, pairs.ours, pairs.theirs
         rows, columns, owners, *once = sent_together(which, held.device)
         pairs, columns = Pairs(*once), columns[self._layers]
         theirs = taken(lent, self._places, rows, columns)
-        theirs, missing = averaged(theirs, columns < 0, owners, len(pairs.rows))
         ours = taken(held, self.slots.places, pairs.rows, pairs.ours)
-        added = self._added(theirs, ours, missing, pairs.ours[None])
+        missing: list[Tensor] = []
+        if not whole:
+            theirs, *missing = averaged(theirs, columns < 0, owners, len(pairs.rows))
+        added = self._added(theirs, ours, pairs.ours[None], *missing)
         return Addition(pairs, self.slots.places, added, self._last)
 
 
 def _added(
-    parts: Sequence[Fuser], slots: Slots, sharer: Tensor, receiver: Tensor, missing: Tensor, positions: Tensor
+    parts: Sequence[Fuser], slots: Slots, sharer: Tensor, receiver: Tensor, positions: Tensor, *missing: Tensor
 ) -> Tensor:
-    """All of it that goes token by token; the receiver's keys come rotated and are written over."""
+    """All of it that goes token by token; the receiver's keys come rotated and are written over. What was sent for no
+    slot and token is told only where something was not."""
     angles = slots.angles(positions[0])
     receiver = slots.turned(receiver, angles, inverse=True)
     sizes = [len(part.slots) for part in parts]
     both = zip(parts, torch.split(sharer, sizes), torch.split(receiver, sizes), strict=True)
     added = [part(theirs, ours) for part, theirs, ours in both]
     whole = added[0] if len(added) == 1 else torch.cat(added)
-    return slots.turned(whole.masked_fill(missing[:, :, None], 0), angles)
+    for nothing in missing:
+        whole = whole.masked_fill(nothing[:, :, None], 0)
+    return slots.turned(whole, angles)

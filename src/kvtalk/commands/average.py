@@ -22,7 +22,7 @@ def average(
     [bold]kvtalk average BEFORE AFTER --out MEAN[/]
 
     Each is a folder, a hub id, or the name of one that comes with kvtalk. One must have been trained on from the other
-    (kvtalk train translator --from), or all from one: the mean then often answers better than any of them, and costs no
+    (kvtalk train translator --from), or all from one: the mean then may answer better than any of them, and costs no
     more. Means of others are worth nothing.
     """
     from kvtalk.adapters import store

@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError
@@ -197,25 +197,23 @@ class Loop:
                     shown["steps a second"] = (self.step + 1 - first) / (time.perf_counter() - started)
                     self._note(report, self.step + 1, shown)
                 self.step += 1
-                if self.step > (1 - self.schedule.averaged) * steps:
+                if self.step > steps - round(self.schedule.averaged * steps):
                     self._mean.take(self._learned())
                 if checks:
-                    last = {name: value.clone() for name, value in self._learned().items()}
-                    self._fill(self._mean.module)
-                    with self.objective.during(self.module, steps if self.patience else self.step):
-                        measured = self.objective.measure(self.module)  # what would be kept, as it would be
-                    self._check(measured)
-                    if self.patience:
-                        gain = torch.tensor(measured[GAIN], device=self.accelerator.device)
-                        self._best.weigh(float(broadcast(gain)), self._learned())  # every process the same
-                    self._fill(last)
+                    with self._averaged():  # what would be kept, as it would be
+                        with self.objective.during(self.module, steps if self.patience else self.step):
+                            measured = self.objective.measure(self.module)
+                        self._check(measured)
+                        if self.patience:
+                            gain = torch.tensor(measured[GAIN], device=self.accelerator.device)
+                            self._best.weigh(float(broadcast(gain)), self._learned())  # every process the same
                     self._save()
                     self._note(report, self.step, measured)
                 if self.patience and self._best.since >= self.patience:
                     break
             except CodecError as error:  # what is no number cannot be packed
                 raise self._lost() from error
-        self._fill(self._best.module or self._mean.module)
+        self._fill(self._best.module or self._mean.module or self._learned())
         return self.module
 
     def _loader(self) -> DataLoader[Any]:
@@ -278,8 +276,20 @@ class Loop:
         torch.save(state, partial)
         partial.replace(self.out / CHECKPOINT)
 
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """With the mean of the weights so far, if it has begun."""
+        if not self._mean.steps:
+            yield
+            return
+        last = {name: value.clone() for name, value in self._learned().items()}
+        self._fill(self._mean.module)
+        try:
+            yield
+        finally:
+            self._fill(last)
+
     def _fill(self, learned: dict[str, Tensor]) -> None:
-        """Put what was learned in the module's place; nothing leaves it as it is."""
         self.module.load_state_dict({**self.module.state_dict(), **learned})
 
     def _learned(self) -> dict[str, Tensor]:
@@ -300,8 +310,7 @@ class Loop:
         self._fill(state["module"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        self.step, self._best = state["step"], _Best(**state.get("best", {}))
-        self._mean = _Mean(**state.get("mean", {}))
+        self.step, self._best, self._mean = state["step"], _Best(**state["best"]), _Mean(**state["mean"])
         log = self.out / LOG
         if log.exists() and self.accelerator.is_main_process:  # what came after the checkpoint is done again
             lines = [line for line in log.read_text("utf-8").splitlines() if json.loads(line)["step"] <= self.step]
@@ -310,11 +319,11 @@ class Loop:
 
 @dataclass(frozen=True)
 class Weights:
-    """What an earlier run learned.
+    """What an earlier run kept, or an adapter holds.
 
     Attributes:
         module: its tensors.
-        digest: of its checkpoint.
+        digest: of the run's checkpoint, or the adapter's identity.
     """
 
     module: dict[str, Tensor]
@@ -331,7 +340,7 @@ class Weights:
             module.load_state_dict({**self.module, **frozen})
         except RuntimeError as error:
             raise TrainingError(
-                "the earlier run is of another version: its weights have other names or sizes"
+                "what to start from is of another version: its weights have other names or sizes"
             ) from error
 
 
@@ -349,8 +358,9 @@ def weights_of(folder: Path, settings: dict[str, Any], alike: Sequence[str]) -> 
     file = folder / CHECKPOINT
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-        theirs, module = dict(state["settings"]), dict(state["module"])
-        module = dict(state.get("mean", {}).get("module", {})) or module
+        theirs = dict(state["settings"])
+        kept = (dict(state.get(name, {}).get("module", {})) for name in ("best", "mean"))  # older runs have neither
+        module = next(filter(None, kept), dict(state["module"]))
     except OSError as error:
         raise TrainingError(f"{folder} holds no {CHECKPOINT} of an earlier run") from error
     except (RuntimeError, KeyError, TypeError, ValueError, UnpicklingError) as error:

@@ -236,7 +236,8 @@ def training(
         frozen: an adapter's half that stays as it is, in its own sizes; the other one learns its latent space.
 
     Raises:
-        AdapterError: the frozen half does not fit, is missing or damaged.
+        AdapterError: the frozen half does not fit; its weights, or those of the adapter to start from, are missing or
+            damaged.
         TrainingError: the folder holds a run of other settings or the frozen half, or the earlier run or adapter is
             not there, or of another pair, frozen half, or other sizes.
     """
