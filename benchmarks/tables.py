@@ -59,7 +59,7 @@ SPACE = {
 }
 """Pairs of three models, and what of their adapters was trained to what."""
 VERSIONS = {"4,050 steps": "4050", "5,500 steps": "5500"}
-"""Of the translators that shipped before: title and folder."""
+"""Of two translators that shipped before: title and folder."""
 CANDIDATES = {
     "fifth": "fifth: mean of third and fourth",
     "sixth.last": "sixth, its last weights",

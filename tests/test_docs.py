@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from kvtalk.adapters.cards import read_card
 from kvtalk.codecs import CODECS
 from kvtalk.evaluation.arms import KINDS
 from kvtalk.evaluation.metrics import METRICS
@@ -89,6 +90,16 @@ def test_figures_in_tables_are_those_of_the_results(name: str, page: str) -> Non
     assert len(lines) > 3
     for line in lines:
         assert line in page
+
+
+@pytest.mark.parametrize("pair", tables.PAIRS)
+def test_what_was_measured_is_what_ships(pair: str) -> None:
+    card = read_card(pair)[0]
+    runs = [ROOT / "results" / task / pair for task in (*tables.CONTEXT_TASKS, "demo", "translator/learned/now")]
+    for run in runs:
+        assert json.loads((run / "manifest.json").read_text("utf-8"))["adapter"]["identity"] == card.identity, run
+    text = json.loads((ROOT / "results" / "translator" / f"{pair}.text.json").read_text("utf-8"))
+    assert text["adapter"] == card.identity
 
 
 def test_every_results_folder_gives_its_summary_again(tmp_path: Path) -> None:

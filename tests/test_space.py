@@ -28,9 +28,7 @@ from test_fuser import other_lm
 
 CONTEXT = "The ferry was built in 1931 by the Harlow yard; naïve people call it 北京 😀."
 SMALL = {"width": 64, "latent": 64, "decoder_blocks": 1, "bottleneck": 64}
-RECIPE = Recipe(
-    Schedule(4, warm_up=1), tokens=128, widths=(16, 32), longest=200, packing="nf4:1x64", packed=1.0
-)
+RECIPE = Recipe(Schedule(4, warm_up=1), tokens=128, widths=(16, 32), longest=200, packing="nf4:1x64", packed=1.0)
 S, G, G2 = "sharer", "receiver", "second receiver"
 MODELS = {S: lambda: tiny_lm("llama"), G: lambda: tiny_lm("gemma3"), G2: lambda: tiny_lm("qwen3")}
 
