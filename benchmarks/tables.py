@@ -237,9 +237,9 @@ def translator() -> Iterator[str]:
 def ceilings() -> Iterator[str]:
     """Across models: the translated cache against the receiver's own, through a translator of the same sizes, or by an
     encoder that was trained to the decoder that ships."""
-    titles = "frozen, text | self | own, to this decoder | translated | translated / self | translated / text"
+    titles = "frozen, text | self | own, to this decoder | translated | translated / self | / own | / text"
     yield f"| task | sharer+receiver | {titles} |"
-    yield "| --- " * 8 + "|"
+    yield "| --- " * 9 + "|"
     for task, metric in CONTEXT_TASKS.items():
         for pair in PAIRS:
             receiver = pair.partition("+")[2]
@@ -248,8 +248,21 @@ def ceilings() -> Iterator[str]:
             shares = [f"{100 * figures[2][0] / other[0]:.0f}%" for other in (figures[1], figures[0])]
             cells = [*(figure(metric, value) for value in figures), *shares]
             late = TRANSLATOR / "self_encoder" / task / receiver
-            cells.insert(2, figure(metric, rows_of(late)["cache bf16"][metric]) if late.exists() else "")
+            own_late, share = "", ""
+            if late.exists():
+                own_late = figure(metric, rows_of(late)["cache bf16"][metric])
+                share = _share(*(_scores(folder, metric)["cache bf16"] for folder in (RESULTS / task / pair, late)))
+            cells = [*cells[:2], own_late, *cells[2:4], share, *cells[4:]]
             yield f"| {task} | {pair} | {' | '.join(cells)} |"
+
+
+def _share(part: dict[str, float], whole: dict[str, float]) -> str:
+    """One mean in percent of another one's of the same items, drawn anew together."""
+    both = np.array([[part[key], whole[key]] for key in part])
+    drawn = both[np.random.default_rng(0).integers(len(both), size=(RESAMPLES, len(both)))].mean(axis=1)
+    low, high = np.percentile(100 * drawn[:, 0] / drawn[:, 1], (2.5, 97.5))
+    mean = both.mean(axis=0)
+    return f"{100 * mean[0] / mean[1]:.0f}% [{low:.0f}, {high:.0f}]"
 
 
 def learned() -> Iterator[str]:
