@@ -5,23 +5,13 @@
         --rate 1e-3 --out asks
     kvtalk train lora --receiver gemma3-270m --data squad_v1_train.jsonl.gz --questions 0.9 --steps 250 --tokens 8192 \\
         --rate 1e-3 --out answers
-    python benchmarks/asked.py want general.jsonl.gz wanted.jsonl.gz --questions 24000
-    kvtalk eval --task squad --data wanted.jsonl.gz --sharer gemma3-270m+asks --receiver gemma3-270m+asks \\
-        --arms text --out asked
-    python benchmarks/asked.py check asked wanted.jsonl.gz check.jsonl.gz
-    kvtalk eval --task squad --data check.jsonl.gz --sharer gemma3-270m+answers --receiver gemma3-270m+answers \\
-        --arms text --out answered
-    python benchmarks/asked.py keep answered check.jsonl.gz asked.jsonl.gz
-
-Of more passages, and several times a paragraph, the same with:
-
-    python benchmarks/asked.py want general.jsonl.gz wanted.jsonl.gz --questions 46000
-    python benchmarks/asked.py want squad_v1_train.jsonl.gz wanted.squad.jsonl.gz --questions 200000 --each 32
-    python benchmarks/asked.py keep answered check.jsonl.gz asked.jsonl.gz --others
+    python benchmarks/asked.py want general.jsonl.gz wanted.jsonl.gz --questions 200000 --each 3
+    python benchmarks/asked.py ask wanted.jsonl.gz asked.jsonl.gz --asks gemma3-270m+asks --answers gemma3-270m+answers
 
 One LoRA learns from people's questions to ask for an answer that it is given, another one to answer. The first is given
 names, numbers and phrases of passages; what it asks is kept where the second, which does not see the wanted answer,
-finds it again in the passage. Rows have ``id``, ``context``, ``question``, ``answers``.
+finds it again in the passage, or with ``--others`` another one that the passage holds. Rows have ``id``, ``context``,
+``question``, ``answers``.
 """
 
 from __future__ import annotations
@@ -31,14 +21,16 @@ import gzip
 import json
 import random
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from cloze import NAME, NUMBER, passages
+from rich.progress import track
 
 from kvtalk.evaluation.metrics import f1
-from kvtalk.evaluation.summary import read_records
+from kvtalk.models import LM
 
 WANTED = 'Which question about the text has the answer "{}"?'
 PHRASE = re.compile(r"(?<![\w'-])(?:[a-z][\w'-]* ){0,3}[a-z][\w'-]{3,}(?![\w'-])")
@@ -51,6 +43,8 @@ LEAST_F1 = 0.7
 """Of the answer that was found again."""
 LONGEST = 60
 """Characters of another answer that is kept."""
+ASKED, ANSWERED = 28, 18
+"""Tokens of a question and of an answer at most; what is cut off is hardly ever kept."""
 
 Row = dict[str, Any]
 
@@ -117,6 +111,33 @@ def keep(rows: Iterable[Row], answers: dict[str, str], others: bool = False) -> 
             yield {**row, "answers": [found]}
 
 
+def written(lm: LM, rows: Sequence[Row], tokens: int, batch: int) -> dict[str, str]:
+    """So many tokens that a model writes after each row's context and question, by the row's id."""
+    head, end = lm.head_ids(), lm.encode((lm.prompt.stop or ("\n",))[0])[-1]
+    both = [row["context"] for row in rows], [lm.prompt.tail(row["question"]) for row in rows]
+    contexts, tails = (lm.tokenizer(texts, add_special_tokens=False).input_ids for texts in both)
+    texts = {row["id"]: head + one + other for row, one, other in zip(rows, contexts, tails, strict=True)}
+    order = sorted(texts, key=lambda name: len(texts[name]))
+    found = {}
+    for start in track(range(0, len(order), batch), f"{lm.name}: writing"):
+        names = order[start : start + batch]
+        longest = len(texts[names[-1]])
+        ids = torch.tensor([[end] * (longest - len(texts[name])) + texts[name] for name in names])
+        read = torch.tensor([[0] * (longest - len(texts[name])) + [1] * len(texts[name]) for name in names])
+        with torch.no_grad():
+            made = lm.model.generate(
+                input_ids=ids.to(lm.device),
+                attention_mask=read.to(lm.device),
+                max_new_tokens=tokens,
+                do_sample=False,
+                eos_token_id=end,
+                pad_token_id=end,
+            )
+        for name, answer in zip(names, lm.tokenizer.batch_decode(made[:, longest:].tolist()), strict=True):
+            found[name] = answer.partition("\n")[0].strip()
+    return found
+
+
 def _told(answer: str, row: Row) -> bool:
     """Whether the question holds an answer."""
     return answer.lower() in row["question"].lower()
@@ -128,25 +149,25 @@ def main() -> None:
     for step, lines in {
         "learn": "people's questions become what a LoRA is to write",
         "want": "passages and answers to ask for",
-        "check": "what was asked, to be answered",
-        "keep": "what was answered as it was wanted",
+        "ask": "questions for these answers, and what is found when they are asked",
     }.items():
         one = steps.add_parser(step, help=lines)
-        if step in ("check", "keep"):
-            one.add_argument("results", type=Path, help="folder of kvtalk eval, arm text")
         one.add_argument("rows", type=Path)
         one.add_argument("out", type=Path)
         if step == "want":
             one.add_argument("--questions", type=int, default=24_000)
             one.add_argument("--each", type=int, default=1, help="answers to ask for in a passage, at most")
-        if step == "keep":
+        if step == "ask":
+            one.add_argument("--asks", required=True, help="model that asks, such as gemma3-270m+FOLDER")
+            one.add_argument("--answers", required=True, help="model that answers")
             one.add_argument("--others", action="store_true", help="keep other answers, too, if the passage holds them")
+            one.add_argument("--batch", type=int, default=1024)
     args = parser.parse_args()
     with gzip.open(args.rows, "rt", encoding="utf-8") as file:
         rows = [json.loads(line) for line in file]
-    if args.step in ("check", "keep"):
-        answers = {record.id: record.answer for record in read_records(args.results) if record.arm == "text"}
-        made = list(check(rows, answers) if args.step == "check" else keep(rows, answers, args.others))
+    if args.step == "ask":
+        asked = list(check(rows, written(LM.load(args.asks), rows, ASKED, args.batch)))
+        made = list(keep(asked, written(LM.load(args.answers), asked, ANSWERED, args.batch), args.others))
     else:
         made = list(learn(rows) if args.step == "learn" else want(rows, args.questions, args.each))
     with gzip.open(args.out, "wt", encoding="utf-8") as file:

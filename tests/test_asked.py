@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from conftest import tiny_lm
 from kvtalk.adapters.translator import Geometry
 from kvtalk.training import linear, translator
 from kvtalk.training.batches import Recipe
@@ -59,6 +60,20 @@ def test_a_question_is_kept_where_the_wanted_answer_is_found_again() -> None:
     assert not list(asked.keep([row], {"a": ""}, others=True))
     told = {**row, "question": "Who mended the boiler of the old ferry?"}
     assert not list(asked.keep([told], {"a": "ferry"}, others=True)), "the question holds it"
+
+
+def test_what_is_written_in_batches_is_what_the_model_writes_alone() -> None:
+    lm = tiny_lm("llama")
+    rows = [{"id": f"{n}", "context": TEXT[: 40 + 23 * n], "question": "Who?"[n:]} for n in range(5)]
+    end = lm.encode(lm.prompt.stop[0])[-1]
+    found = asked.written(lm, rows, 9, 2)
+    assert found.keys() == {row["id"] for row in rows}
+    for row in rows:
+        ids = lm.head_ids() + lm.encode(row["context"]) + lm.encode(lm.prompt.tail(row["question"]))
+        with torch.no_grad():
+            made = lm.model.generate(torch.tensor([ids]), max_new_tokens=9, do_sample=False, eos_token_id=end)
+        assert found[row["id"]] == lm.tokenizer.decode(made[0, len(ids) :]).partition("\n")[0].strip()
+    assert len(set(found.values())) > 1
 
 
 @pytest.mark.parametrize("name", ablations.CHOICES)

@@ -1,5 +1,6 @@
 """Translators: what crosses, what is refused, how they are stored, and how they are trained."""
 
+import copy
 import dataclasses
 import json
 import random
@@ -317,6 +318,46 @@ def test_training_goes_down_keeps_the_models_and_resumes_to_the_same_losses(mode
             training(*models, texts, size, RECIPE, tmp_path / "next2", trained=where)
     with pytest.raises(TrainingError, match="other settings"):
         training(*models, texts, geometry(*models), dataclasses.replace(recipe, tokens=99), tmp_path / "whole")
+
+
+def test_answers_follow_a_teacher_and_all_else_the_receiver(models, texts, tmp_path):
+    sharer, receiver = models
+    tuned = copy.deepcopy(receiver.model)
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if name.endswith("q_proj.weight"):
+                parameter.add_(0.5 * torch.randn_like(parameter))
+    teacher = LM(tuned, receiver.tokenizer, "tuned", receiver.prompt)
+    plain, taught = Pair(sharer, receiver), Pair(sharer, receiver, teacher=teacher)
+    text, *asked = Batches(texts, sharer, receiver, RECIPE, 64).checks(3)
+    assert torch.equal(taught.taught(text, True)[1], plain.taught(text, True)[1])
+    for batch in asked:
+        vectors, own = plain.taught(batch, True)
+        again, wanted = taught.taught(batch, True)
+        assert torch.equal(vectors, again), "what is regressed is the receiver's own"
+        told = torch.zeros(len(own), dtype=torch.bool)
+        ends = torch.tensor([len(tail) for tail in batch.tails]).cumsum(0)
+        for end, count in zip(ends, batch.answers, strict=True):
+            told[end - count - 1 : end - 1] = True
+        theirs = Pair(sharer, teacher).taught(batch, True)[1]
+        assert torch.equal(wanted[~told], own[~told])
+        assert torch.equal(wanted[told], theirs[told])
+        states = taught.continued(batch, vectors.roll(1, dims=0), shift=1)
+        alone, led = plain.losses(states, own, batch), taught.losses(states, wanted, batch)
+        torch.testing.assert_close(alone["total"], alone["divergence"] + alone["answers"])
+        half = 0.5 * (led["answers"] + led["teacher"])
+        torch.testing.assert_close(led["total"], led["divergence"] + half)
+        torch.testing.assert_close(led["divergence"], alone["divergence"])
+        assert float(led["teacher"]) > 0.01
+    run = training(*models, texts, geometry(*models), RECIPE, tmp_path / "run", teacher=teacher)
+    run.objective.checks = run.objective.checks[:2]
+    seen = {}
+    run.run(lambda step, shown: seen.update({step: shown}), check_every=4)
+    assert "nll teacher" in seen[8]
+    with pytest.raises(TrainingError, match="other settings"):
+        training(*models, texts, geometry(*models), RECIPE, tmp_path / "run")
+    with pytest.raises(TrainingError, match="another tokenizer, prompt or output matrix"):
+        Pair(sharer, receiver, teacher=sharer)
 
 
 def test_a_run_starts_from_an_adapter(models, texts, tmp_path):

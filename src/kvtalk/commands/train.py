@@ -97,6 +97,13 @@ def translator(
             "with kvtalk): start from its weights.",
         ),
     ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            help="The receiver with a LoRA that `kvtalk train lora` made, NAME+FOLDER: it reads the text, and half of "
+            "the loss of answers is the divergence from what it answers."
+        ),
+    ] = None,
     encoder: Annotated[
         str | None,
         typer.Option(
@@ -134,6 +141,7 @@ def translator(
     frozen = Half.of(encoder, "encoder") if encoder else Half.of(decoder, "decoder") if decoder else None
     texts = Texts.load(data)
     reads, answers = _loaded(sharer, receiver)
+    teaches = None if teacher is None else _loaded(teacher, teacher)[0]
     parties = (Party(reads.name, reads.spec.fingerprint), Party(answers.name, answers.spec.fingerprint))
     geometry = Geometry(
         sharer_values=reads.spec.values_per_token,
@@ -160,7 +168,7 @@ def translator(
         packed=rounded,
         seed=seed,
     )
-    run = training(reads, answers, texts, geometry, recipe, out_folder, trained, frozen)
+    run = training(reads, answers, texts, geometry, recipe, out_folder, trained, frozen, teaches)
     made = _go(run, steps, check_every)
     facts = {"data": [Path(name).name for name in data], "steps": steps}
     if not run.accelerator.is_main_process:

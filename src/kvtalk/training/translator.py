@@ -2,7 +2,8 @@
 
 First the receiver's own keys and values are regressed, which needs no backward pass through the receiver. Then the
 receiver must write after the translated cache what it writes after the text itself (KL), and answer questions
-(cross-entropy). Each step cuts the latents to a width and packs them with a codec drawn by chance, so that one
+(cross-entropy; with a teacher, a fine-tuned receiver that reads the text, half of that is KL to what it answers). Each
+step cuts the latents to a width and packs them with a codec drawn by chance, so that one
 translator serves every budget. (Recipe: docs/translator.md.)
 """
 
@@ -47,18 +48,40 @@ from kvtalk.training.texts import Texts
 KEPT_BACK = 0.03
 """Share of the texts for validation."""
 
+FOLLOWED = 0.5
+"""Share of an answer's loss that is the divergence from a teacher's, if there is one; cross-entropy is the rest."""
+
 _FITTED_ON = 8
 """Batches from which the start is computed."""
 
 
 class Pair:
-    """Two frozen models and what a translator between them, of so many tokens a latent, is trained on."""
+    """Two frozen models and what a translator between them, of so many tokens a latent, is trained on.
 
-    def __init__(self, sharer: LM, receiver: LM, pool: int = 1) -> None:
-        self.sharer, self.receiver, self.pool = sharer, receiver, pool
-        for lm in (sharer, receiver):
+    Args:
+        sharer: reads.
+        receiver: answers.
+        pool: receiver tokens a latent.
+        teacher: the receiver, fine-tuned to answer from the text; its answers are followed as it gives them.
+
+    Raises:
+        TrainingError: the teacher has another tokenizer or output matrix than the receiver.
+    """
+
+    def __init__(self, sharer: LM, receiver: LM, pool: int = 1, teacher: LM | None = None) -> None:
+        self.sharer, self.receiver, self.pool, self.teacher = sharer, receiver, pool, teacher
+        for lm in filter(None, (sharer, receiver, teacher)):
             lm.model.requires_grad_(False)
-        _ = receiver.unembedding  # refuses a receiver that cannot be trained for, before anything is read
+        matrix = receiver.unembedding  # refuses a receiver that cannot be trained for, before anything is read
+        if teacher is not None and not (
+            teacher.spec.fingerprint.tokenizer == receiver.spec.fingerprint.tokenizer
+            and teacher.head_ids() == receiver.head_ids()
+            and torch.equal(teacher.unembedding.weight, matrix.weight)
+        ):
+            raise TrainingError(
+                f"the teacher {teacher.name} has another tokenizer, prompt or output matrix than the receiver "
+                f"{receiver.name}: give a LoRA of the receiver (kvtalk train lora)"
+            )
         self._heads: dict[tuple[int, ...], KVCache] = {}
 
     def sharer_vectors(self, batch: Batch) -> Tensor:
@@ -68,7 +91,7 @@ class Pair:
     @torch.no_grad()
     def taught(self, batch: Batch, tails: bool) -> tuple[Tensor, Tensor | None]:
         """The receiver that reads the text: its vectors of the context, and its last layer's hidden states of the
-        tails' tokens, if it reads these.
+        tails' tokens, if it reads these; of answers those of the teacher, if there is one.
 
         Returns:
             ``[batch, tokens, receiver_values]`` and ``[tokens of all tails, hidden]``.
@@ -79,8 +102,12 @@ class Pair:
         vectors = to_vectors(cache, self.receiver.spec, len(batch.head))[:, : batch.pairing.index.shape[1]]
         if not tails:
             return vectors, None
-        where = _flat([len(row) for row in before], follow, hidden.shape[1])
-        return vectors, hidden.flatten(0, 1)[sent(where, hidden.device)]
+        where = sent(_flat([len(row) for row in before], follow, hidden.shape[1]), hidden.device)
+        wanted = hidden.flatten(0, 1)[where]
+        if self.teacher is not None and any(batch.answers):
+            answered = self.teacher.read_whole([*map(list.__add__, before, follow)])[1].flatten(0, 1)[where]
+            wanted = torch.where(sent(_labels(batch)[1], wanted.device)[:, None], answered, wanted)
+        return vectors, wanted
 
     def continued(self, batch: Batch, vectors: Tensor, shift: int = 0) -> Tensor:
         """The receiver's hidden states of the tails' tokens, ``[tokens of all tails, hidden]``, with translated vectors
@@ -118,16 +145,20 @@ class Pair:
     def losses(self, states: Tensor, wanted: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Divergence from the receiver that read the text, and cross-entropy of answers, mean nats a token.
 
-        The divergence counts where no answer is to be written: there the gold answer is the better teacher. Gradients
-        flow through their sum, ``total``.
+        Where an answer is to be written, the divergence counts only if a teacher gives it: the receiver as it is
+        answers worse than the gold answer does. Gradients flow through the sum, ``total``.
         """
         labels, told = _labels(batch)
-        weights = sent(torch.stack([~told / (~told).sum(), told / told.sum().clamp(min=1)]), states.device)
+        plain, answering = sent(torch.stack([~told / (~told).sum(), told / told.sum().clamp(min=1)]), states.device)
+        followed = 0.0 if self.teacher is None else FOLLOWED
+        weights = torch.stack([plain + followed * answering, (1 - followed) * answering])
         labels = sent(labels, states.device)
         total, divergences, entropies = token_losses(self.receiver.unembedding, states, wanted, labels, weights)
-        found = {"divergence": (divergences * weights[0]).sum(), "total": total}
+        found = {"divergence": (divergences * plain).sum(), "total": total}
         if any(batch.answers):
-            found["answers"] = (entropies * weights[1]).sum()
+            found["answers"] = (entropies * answering).sum()
+            if self.teacher is not None:
+                found["teacher"] = (divergences * answering).sum()
         return found
 
     def _head(self, ids: list[int]) -> KVCache | None:
@@ -182,7 +213,8 @@ class Translation:
         latents = module.encoder(self.pair.sharer_vectors(batch), batch.pairing.to(target.device))
         kind = "questions" if any(batch.answers) else "text"
         if any(batch.answers):
-            found["nll text"] = float(self.pair.losses(wanted, wanted, batch)["answers"])
+            reader = "text" if self.pair.teacher is None else "teacher"
+            found[f"nll {reader}"] = float(self.pair.losses(wanted, wanted, batch)["answers"])
         ways = {
             "": latents,
             " narrow": squeezed(latents, min(64, latents.shape[2]), "int4"),
@@ -221,6 +253,7 @@ def training(
     out: Path,
     trained: str | Path | None = None,
     frozen: Half | None = None,
+    teacher: LM | None = None,
 ) -> Loop:
     """A run that trains a translator, ready to start or to go on.
 
@@ -234,18 +267,19 @@ def training(
         trained: folder of an earlier run, or an adapter, from whose weights to start instead of the best linear map.
             Give the same texts, or what is kept back for validation may be what it was trained on.
         frozen: an adapter's half that stays as it is, in its own sizes; the other one learns its latent space.
+        teacher: the receiver with a LoRA; see :class:`Pair`.
 
     Raises:
         AdapterError: the frozen half does not fit; its weights, or those of the adapter to start from, are missing or
             damaged.
         TrainingError: the folder holds a run of other settings or the frozen half, or the earlier run or adapter is
-            not there, or of another pair, frozen half, or other sizes.
+            not there, or of another pair, frozen half, or other sizes; or the teacher is of another receiver.
     """
     if frozen is not None:
         geometry = frozen.fitted(geometry, sharer.spec, receiver.spec)
         if frozen.folder.resolve() == out.resolve():
             raise TrainingError(f"the half to build on lies in the run's own folder, {out}: give another one")
-    pair = Pair(sharer, receiver, geometry.pool)
+    pair = Pair(sharer, receiver, geometry.pool, teacher)
     learned, kept_back = texts.split(KEPT_BACK)
     batches = Batches(learned, sharer, receiver, recipe, geometry.latent)
     checks = Batches(kept_back, sharer, receiver, recipe, geometry.latent).checks(32)
@@ -261,6 +295,7 @@ def training(
         "receiver": asdict(receiver.spec.fingerprint),
         "texts": texts.digest,
         "frozen": frozen and {frozen.part: frozen.card.weights[frozen.part]},
+        "teacher": teacher and asdict(teacher.spec.fingerprint),
     }
     begun = None if trained is None else _begun(trained, settings)
     settings["trained"] = begun and begun.digest
