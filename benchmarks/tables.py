@@ -58,8 +58,8 @@ SPACE = {
     "gemma3-270m+gemma3-270m.lora": "never together: both joined",
 }
 """Pairs of three models, and what of their adapters was trained to what."""
-VERSIONS = {"4,050 steps": "4050", "5,500 steps": "5500"}
-"""Of two translators that shipped before: title and folder."""
+VERSIONS = {"4,050 steps": "4050", "5,500 steps": "5500", "8,000 steps": "8000"}
+"""Of translators that shipped before: title and folder; the last one went into SmolLM2 alone."""
 CANDIDATES = {
     "fifth": "fifth: mean of third and fourth",
     "sixth.last": "sixth, its last weights",
@@ -70,7 +70,11 @@ CANDIDATES = {
     "rounded": "mean of fifth and sixth, 150 steps more in NF4",
     "fourth+sixth": "mean of fourth and sixth",
     "third+sixth": "mean of third and sixth",
-    "third+fourth+sixth": "mean of third, fourth and sixth: ships",
+    "third+fourth+sixth": "mean of third, fourth and sixth: shipped before",
+    "seventh.last": "seventh, its last weights",
+    "seventh": "seventh: mean of its last 920 steps",
+    "seventh.bf16": "the same, matrices in bf16",
+    "shipped+seventh": "mean of it and of what shipped before: ships",
 }
 READ_BY = {"gemma3-270m+gemma3-270m.lora": "smollm2-135m+gemma3-270m.lora"}
 """Where the same receiver read the same text."""
@@ -269,43 +273,41 @@ def learned() -> Iterator[str]:
     """Across models: F1 on questions about the training paragraphs and about others, by what shipped when; both
     controls are of the translator that ships now."""
     yield f"| sharer+receiver | SQuAD's questions | number | {' | '.join(VERSIONS)} | now | wrong | zeroed |"
-    yield "| --- " * 8 + "|"
+    yield "| --- " * 9 + "|"
     for pair in PAIRS:
         known = [TRANSLATOR / "learned" / when / pair for when in (*VERSIONS.values(), "now")]
         for title, folders in (("trained on, every sixth", known), ("test", _versions("squad", pair))):
-            found = [_scores(folder, "f1") for folder in folders]
-            cells = [figure("f1", bootstrap(list(scores["cache bf16"].values())).rounded()) for scores in found]
+            found = [_scores(folder, "f1") if folder.exists() else {} for folder in folders]
+            cells = [
+                figure("f1", bootstrap(list(scores["cache bf16"].values())).rounded()) if scores else ""
+                for scores in found
+            ]
             cells += [f"{bootstrap(list(found[-1][f'{kind} bf16'].values())).mean:.1f}" for kind in ("wrong", "zeroed")]
             yield f"| {pair} | {title} | {len(found[-1]['cache bf16']):,} | {' | '.join(cells)} |"
 
 
 def further() -> Iterator[str]:
-    """Across models: F1 on SQuAD by what shipped when and by what crosses."""
-    first, last = VERSIONS
-    yield f"| sharer+receiver | what crosses | {first} | {last} | now | now above {last} |"
-    yield "| --- " * 6 + "|"
+    """Across models: F1 on SQuAD before and now, by what crosses."""
+    yield "| sharer+receiver | what crosses | before | now | more |"
+    yield "| --- " * 5 + "|"
     for pair in PAIRS:
-        older, old, new = (_scores(folder, "f1") for folder in _versions("squad", pair))
+        old, new = (_scores(folder, "f1") for folder in _last_two("squad", pair))
         for arm in ("cache bf16", *(f"cache int4:token width={width}" for width in (256, 112, 64))):
-            cells = [_compared(older[arm], old[arm])[0], *_compared(old[arm], new[arm])]
-            yield f"| {pair} | {arm.removeprefix('cache ')} | {' | '.join(cells)} |"
+            yield f"| {pair} | {arm.removeprefix('cache ')} | {' | '.join(_compared(old[arm], new[arm]))} |"
 
 
 def elsewhere() -> Iterator[str]:
-    """Across models: all tasks by what shipped when; F1 (Countries: right answers) and nats a token of the right
-    answer, whole latents."""
-    first, last = VERSIONS
-    titles = f"{first} | {last} | now | now above {last} | answer NLL, {first} | {last} | now | now above {last}"
-    yield f"| task | sharer+receiver | {titles} |"
-    yield "| --- " * 10 + "|"
+    """Across models: all tasks before and now; F1 (Countries: right answers) and nats a token of the right answer,
+    whole latents."""
+    yield "| task | sharer+receiver | before | now | more | answer NLL, before | now | more |"
+    yield "| --- " * 8 + "|"
     for task, metric in CONTEXT_TASKS.items():
         for pair in PAIRS:
-            folders = _versions(task, pair)
-            older, old, new = (_scores(folder, metric)["cache bf16"] for folder in folders)
-            cells = [_compared(older, old)[0], *_compared(old, new)]
+            folders = _last_two(task, pair)
+            old, new = (_scores(folder, metric)["cache bf16"] for folder in folders)
             nats = [_scores(folder, "nll")["cache bf16"] for folder in folders]
-            cells += [f"{bootstrap(list(scores.values())).mean:.2f}" for scores in nats]
-            more = bootstrap([nats[2][key] - nats[1][key] for key in nats[1]])
+            cells = [*_compared(old, new), *(f"{bootstrap(list(scores.values())).mean:.2f}" for scores in nats)]
+            more = bootstrap([nats[1][key] - nats[0][key] for key in nats[0]])
             cells.append(f"{more.mean:+.2f} [{more.low:+.2f}, {more.high:+.2f}]")
             yield f"| {task} | {pair} | {' | '.join(cells)} |"
 
@@ -330,6 +332,11 @@ def candidates() -> Iterator[str]:
 def _versions(task: str, pair: str) -> list[Path]:
     """What the translators that shipped answered, the present one last."""
     return [*(TRANSLATOR / "versions" / steps / task / pair for steps in VERSIONS.values()), RESULTS / task / pair]
+
+
+def _last_two(task: str, pair: str) -> list[Path]:
+    """What the translator that shipped before answered, and the present one."""
+    return [folder for folder in _versions(task, pair) if folder.exists()][-2:]
 
 
 def _compared(one: dict[str, float], other: dict[str, float]) -> list[str]:
