@@ -5,8 +5,9 @@
         --rate 1e-3 --out asks
     kvtalk train lora --receiver gemma3-270m --data squad_v1_train.jsonl.gz --questions 0.9 --steps 250 --tokens 8192 \\
         --rate 1e-3 --out answers
-    python benchmarks/asked.py want general.jsonl.gz wanted.jsonl.gz --questions 200000 --each 3
-    python benchmarks/asked.py ask wanted.jsonl.gz asked.jsonl.gz --asks gemma3-270m+asks --answers gemma3-270m+answers
+    python benchmarks/asked.py want general.jsonl.gz wanted.jsonl.gz --questions 60000 --each 2
+    python benchmarks/asked.py ask wanted.jsonl.gz asked.jsonl.gz --asks gemma3-270m+asks \\
+        --answers gemma3-270m+answers --others
 
 One LoRA learns from people's questions to ask for an answer that it is given, another one to answer. The first is given
 names, numbers and phrases of passages; what it asks is kept where the second, which does not see the wanted answer,
@@ -112,11 +113,20 @@ def keep(rows: Iterable[Row], answers: dict[str, str], others: bool = False) -> 
 
 
 def written(lm: LM, rows: Sequence[Row], tokens: int, batch: int) -> dict[str, str]:
-    """So many tokens that a model writes after each row's context and question, by the row's id."""
-    head, end = lm.head_ids(), lm.encode((lm.prompt.stop or ("\n",))[0])[-1]
+    """So many tokens that a model writes after each row's context and question, up to a line's end; by the row's id.
+
+    Raises:
+        ValueError: two rows have one id.
+    """
+    head, end = lm.head_ids(), lm.encode("\n")[-1]
+    ends = [end, *(own for own in [lm.tokenizer.eos_token_id] if own is not None)]
     both = [row["context"] for row in rows], [lm.prompt.tail(row["question"]) for row in rows]
     contexts, tails = (lm.tokenizer(texts, add_special_tokens=False).input_ids for texts in both)
     texts = {row["id"]: head + one + other for row, one, other in zip(rows, contexts, tails, strict=True)}
+    if len(texts) < len(rows):
+        raise ValueError(
+            "two rows have one id: ask for what each `want` made by itself, and put the questions together"
+        )
     order = sorted(texts, key=lambda name: len(texts[name]))
     found = {}
     for start in track(range(0, len(order), batch), f"{lm.name}: writing"):
@@ -130,11 +140,11 @@ def written(lm: LM, rows: Sequence[Row], tokens: int, batch: int) -> dict[str, s
                 attention_mask=read.to(lm.device),
                 max_new_tokens=tokens,
                 do_sample=False,
-                eos_token_id=end,
+                eos_token_id=ends,
                 pad_token_id=end,
             )
-        for name, answer in zip(names, lm.tokenizer.batch_decode(made[:, longest:].tolist()), strict=True):
-            found[name] = answer.partition("\n")[0].strip()
+        answers = lm.tokenizer.batch_decode(made[:, longest:].tolist(), skip_special_tokens=True)
+        found |= {name: answer.partition("\n")[0].strip() for name, answer in zip(names, answers, strict=True)}
     return found
 
 

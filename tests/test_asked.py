@@ -74,6 +74,8 @@ def test_what_is_written_in_batches_is_what_the_model_writes_alone() -> None:
             made = lm.model.generate(torch.tensor([ids]), max_new_tokens=9, do_sample=False, eos_token_id=end)
         assert found[row["id"]] == lm.tokenizer.decode(made[0, len(ids) :]).partition("\n")[0].strip()
     assert len(set(found.values())) > 1
+    with pytest.raises(ValueError, match="one id"):
+        asked.written(lm, [*rows, rows[0]], 9, 2)
 
 
 @pytest.mark.parametrize("name", ablations.CHOICES)

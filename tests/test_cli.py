@@ -68,9 +68,11 @@ def translator(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> P
     rows = [{"context": f"{CONTEXT} Number {n}.", "question": "Who?", "answers": ["Berthe"]} for n in range(300)]
     texts.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     sizes = ("--steps", 10, "--tokens", 128, "--width", 64, "--latent", 64, "--longest", 400)
-    both = ("--sharer", tiny_folder, "--receiver", tiny_folder)
+    both = ("--sharer", tiny_folder, "--receiver", tiny_folder, "--teacher", tiny_folder)
     made = in_process("train", "translator", *both, "--data", texts, "--out", folder, *sizes)
     assert made.returncode == 0, made.stderr
+    teacher = json.loads((folder / "adapter.json").read_text("utf-8"))["facts"]["teacher"]
+    assert teacher["weights"] == LM.load(str(tiny_folder)).spec.fingerprint.weights
     again = in_process("train", "translator", *both, "--data", texts, "--out", folder, *sizes, "--rate", 1)
     refused(again, "other settings", "recipe")
     return folder

@@ -170,7 +170,9 @@ def translator(
     )
     run = training(reads, answers, texts, geometry, recipe, out_folder, trained, frozen, teaches)
     made = _go(run, steps, check_every)
-    facts = {"data": [Path(name).name for name in data], "steps": steps}
+    facts: dict[str, Any] = {"data": [Path(name).name for name in data], "steps": steps}
+    if teaches is not None:
+        facts["teacher"] = {"of": receiver, "weights": teaches.spec.fingerprint.weights}
     if not run.accelerator.is_main_process:
         return
     save_adapter(made, *parties, out_folder, pack, facts, frozen)

@@ -295,7 +295,7 @@ def training(
         "receiver": asdict(receiver.spec.fingerprint),
         "texts": texts.digest,
         "frozen": frozen and {frozen.part: frozen.card.weights[frozen.part]},
-        "teacher": teacher and asdict(teacher.spec.fingerprint),
+        "teacher": teacher and {**asdict(teacher.spec.fingerprint), "followed": FOLLOWED},
     }
     begun = None if trained is None else _begun(trained, settings)
     settings["trained"] = begun and begun.digest
