@@ -58,8 +58,8 @@ SPACE = {
     "gemma3-270m+gemma3-270m.lora": "never together: both joined",
 }
 """Pairs of three models, and what of their adapters was trained to what."""
-VERSIONS = {"4,050 steps": "4050", "5,500 steps": "5500", "8,000 steps": "8000"}
-"""Of translators that shipped before: title and folder; the last one went into SmolLM2 alone."""
+VERSIONS = {"4,050 steps": "4050", "5,500 steps": "5500", "8,000 steps": "8000", "10,300 steps": "10300"}
+"""Of translators that shipped before: title and folder; the last two went into SmolLM2 alone."""
 CANDIDATES = {
     "fifth": "fifth: mean of third and fourth",
     "sixth.last": "sixth, its last weights",
@@ -74,7 +74,14 @@ CANDIDATES = {
     "seventh.last": "seventh, its last weights",
     "seventh": "seventh: mean of its last 920 steps",
     "seventh.bf16": "the same, matrices in bf16",
-    "shipped+seventh": "mean of it and of what shipped before: ships",
+    "shipped+seventh": "mean of that mean, exact, and of what shipped then: shipped before",
+    "eighth.last": "eighth, its last weights",
+    "shipped+eighth.last": "mean of these and of what shipped before",
+    "eighth": "eighth: mean of its last 1,296 steps",
+    "eighth.bf16": "the same, matrices in bf16",
+    "shipped+eighth.70": "7 parts of that mean, 3 of what shipped before",
+    "shipped+eighth": "half of each: ships",
+    "shipped+eighth.bf16": "the same, matrices in bf16",
 }
 READ_BY = {"gemma3-270m+gemma3-270m.lora": "smollm2-135m+gemma3-270m.lora"}
 """Where the same receiver read the same text."""
@@ -273,7 +280,7 @@ def learned() -> Iterator[str]:
     """Across models: F1 on questions about the training paragraphs and about others, by what shipped when; both
     controls are of the translator that ships now."""
     yield f"| sharer+receiver | SQuAD's questions | number | {' | '.join(VERSIONS)} | now | wrong | zeroed |"
-    yield "| --- " * 9 + "|"
+    yield "| --- " * (6 + len(VERSIONS)) + "|"
     for pair in PAIRS:
         known = [TRANSLATOR / "learned" / when / pair for when in (*VERSIONS.values(), "now")]
         for title, folders in (("trained on, every sixth", known), ("test", _versions("squad", pair))):
