@@ -70,17 +70,17 @@ CANDIDATES = {
     "rounded": "mean of fifth and sixth, 150 steps more in NF4",
     "fourth+sixth": "mean of fourth and sixth",
     "third+sixth": "mean of third and sixth",
-    "third+fourth+sixth": "mean of third, fourth and sixth: shipped before",
+    "third+fourth+sixth": "mean of third, fourth and sixth: shipped, 8,000 steps",
     "seventh.last": "seventh, its last weights",
     "seventh": "seventh: mean of its last 920 steps",
     "seventh.bf16": "the same, matrices in bf16",
-    "shipped+seventh": "mean of that mean, exact, and of what shipped then: shipped before",
+    "shipped+seventh": "mean of that and of the 8,000 steps: shipped, 10,300 steps",
     "eighth.last": "eighth, its last weights",
-    "shipped+eighth.last": "mean of these and of what shipped before",
+    "shipped+eighth.last": "mean of these and of the 10,300 steps",
     "eighth": "eighth: mean of its last 1,296 steps",
     "eighth.bf16": "the same, matrices in bf16",
-    "shipped+eighth.70": "7 parts of that mean, 3 of what shipped before",
-    "shipped+eighth": "half of each: ships",
+    "shipped+eighth.70": "7 parts of that mean, 3 of the 10,300 steps",
+    "shipped+eighth": "half of each: ships, 13,540 steps",
     "shipped+eighth.bf16": "the same, matrices in bf16",
 }
 READ_BY = {"gemma3-270m+gemma3-270m.lora": "smollm2-135m+gemma3-270m.lora"}
@@ -324,11 +324,11 @@ def candidates() -> Iterator[str]:
     yield "| weights | F1, first 1,024 | F1, the other 1,025 | F1, all | above the fifth's | answer NLL |"
     yield "| --- " * 6 + "|"
     place = TRANSLATOR / "candidates"
-    folders = dict(zip(("third", "fourth"), _versions("squad", PAIRS[1]), strict=False))
-    folders |= {title: place / name for name, title in CANDIDATES.items()}
+    folders = [*zip(("third", "fourth"), _versions("squad", PAIRS[1]), strict=False)]
+    folders += [(title, place / name) for name, title in CANDIDATES.items()]
     base = _scores(place / "fifth", "f1")["cache bf16"]
     first = set((place / "chosen_on.txt").read_text("utf-8").split())
-    for title, folder in folders.items():
+    for title, folder in folders:
         f1, nll = (_scores(folder, metric)["cache bf16"] for metric in ("f1", "nll"))
         halves = ([f1[key] for key in f1 if (key in first) == chosen_on] for chosen_on in (True, False))
         cells = [f"{statistics.mean(half):.1f}" for half in halves]

@@ -18,7 +18,7 @@ from kvtalk.adapters.fusing import SharerSide
 from kvtalk.adapters.store import save_adapter
 from kvtalk.cache import KVCache
 from kvtalk.errors import InputError
-from kvtalk.evaluation import timing
+from kvtalk.evaluation import report, timing
 from kvtalk.evaluation.arms import make_arms
 from kvtalk.evaluation.batch import Batch, Settings
 from kvtalk.evaluation.data import Choice, Item, Passage, samples
@@ -232,13 +232,18 @@ def test_a_gain_is_over_the_best_of_three_controls() -> None:
             assert "gain" not in table(fewer)[0]
 
 
-def test_a_finished_run_says_what_the_sharer_bought(finished: dict[str, Path]) -> None:
+def test_a_finished_run_says_what_the_sharer_bought(finished: dict[str, Path], tmp_path: Path) -> None:
     for name, out in finished.items():
         rows = {row["kind"]: row for row in json.loads((out / "summary.json").read_text())["arms"]}
         # Of a context the receiver as its own sharer reads more than alone: that is a transfer too, and no control.
         controls, gaining = ({"wrong", "zeroed"}, ["fused", "self"]) if name == "free" else (set(KINDS[2:]), ["fused"])
         assert rows["fused"]["control"] in {f"{kind} fp32" for kind in controls}
         assert [kind for kind, row in rows.items() if "gain" in row] == gaining
+        report.write([out], tmp_path / "report.html", "Fused")
+        said = (tmp_path / "report.html").read_text().partition('class="verdict">')[2].partition("</p>")[0]
+        for words in ("the sharer&#39;s cache (fp32", "the cache of another text", "a zeroed one"):
+            assert words in said
+        assert ("the receiver&#39;s own in its place" in said) == (name != "free")
 
 
 # What is refused

@@ -12,7 +12,7 @@ from typing import Any
 from kvtalk.codecs import codec
 from kvtalk.errors import InputError
 from kvtalk.evaluation import timing
-from kvtalk.evaluation.arms import ABOUT, DESTROYED, KINDS, PLACED, TRANSFERS
+from kvtalk.evaluation.arms import ABOUT, KINDS, PLACED, TRANSFERS
 from kvtalk.evaluation.curve import pareto
 from kvtalk.evaluation.folder import read_manifest
 from kvtalk.evaluation.metrics import METRICS
@@ -21,6 +21,7 @@ from kvtalk.planning import Plan
 from kvtalk.transport.file import saving
 
 SHOWN_ARMS = 10
+_CONTROLS = {"wrong": "the cache of another text", "zeroed": "a zeroed one", "self": "the receiver's own in its place"}
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,11 @@ class Run:
 
     @property
     def title(self) -> str:
-        """Task and models."""
+        """Task, how choices are asked for, and models."""
         names = list(dict.fromkeys(self.manifest[side]["name"] for side in ("sharer", "receiver")))
-        return f"{self.manifest['task']['title']}: {' → '.join(names)}"
+        task = self.manifest["task"]
+        asked = "" if task["protocol"] == "free" else f", by {task['protocol']}"
+        return f"{task['title']}{asked}: {' → '.join(names)}"
 
     @property
     def arms(self) -> list[dict[str, Any]]:
@@ -87,21 +90,24 @@ def write(folders: Sequence[Path], out: Path, title: str) -> None:
 def verdict(run: Run) -> str:
     """What the controls say, in one sentence."""
     rows, name = run.arms, label(run.lead)
-    caches = [row for row in rows if row["kind"] == "cache"]
+    caches = [row for row in rows if row["kind"] in PLACED]
     if not caches:
         return "No cache crosses in this run: it says what each model can do by itself."
     gained = [row for row in caches if "gain" in row]
     if not gained:
-        return "Wrong and zeroed caches were not run, so nothing here says what the cache bought."
+        return "Its controls were not run, so nothing here says what the cache bought."
     most = max(gained, key=lambda row: row["bytes"])  # not the best of them, which would be a choice after the fact
     way = most["control"].partition(" ")[2]
-    floors = {row["kind"]: row[run.lead][0] for row in rows if row["kind"] in DESTROYED and row["plan"] == way}
+    floors = [
+        f"with {_CONTROLS[row['kind']]} {row[run.lead][0]:.1f}"
+        for row in rows
+        if row["kind"] in _CONTROLS and row["plan"] == way and "gain" not in row
+    ]
     text = next((f" The context as text gives {row[run.lead][0]:.1f}." for row in rows if row["kind"] == "text"), "")
     bought = "bought" if most["gain"][1] > 0 else "did not demonstrably buy anything:"
     return (
-        f"With the sharer's cache ({most['plan']}, {_size(most['bytes'])}) {name} is {most[run.lead][0]:.1f}, with the "
-        f"cache of another text {floors['wrong']:.1f}, with a zeroed one {floors['zeroed']:.1f}: what was in the cache "
-        f"{bought} {signed(most['gain'])} points.{text}"
+        f"With the sharer's cache ({most['plan']}, {_size(most['bytes'])}) {name} is {most[run.lead][0]:.1f}, "
+        f"{', '.join(floors)}: what was in the cache {bought} {signed(most['gain'])} points.{text}"
     )
 
 
