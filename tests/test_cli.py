@@ -515,6 +515,38 @@ def test_a_curve_prints_its_front(tmp_path: Path, tiny_folder: Path) -> None:
     refused(in_process("curve", *options, "--controls", "nf4"), "no plan 'nf4:token' in this curve")
 
 
+def test_a_curve_tries_what_fits_what_crosses(
+    tmp_path: Path, tiny_folder: Path, translator: Path, fusers: tuple[Path, Path], other_folder: Path
+) -> None:
+    options = ["--receiver", tiny_folder, "--limit", 2, "--batch", 2, "--metrics", "f1", "--arms", "cache"]
+    options += ["--sharer", tiny_folder, "--adapter", translator]
+    run = in_process("curve", *options, "--out", tmp_path / "latents")
+    assert run.returncode == 0, run.stderr
+    plans = [row["plan"] for row in json.loads((tmp_path / "latents" / "summary.json").read_text())["arms"]]
+    assert plans[:2] == ["bf16", "int8:token width=64"]
+    assert plans[-1] == "int2:token width=16"
+    wrong = in_process("curve", *options, "--codecs", "bf16", "--layers", "last:50%", "--out", tmp_path / "none")
+    refused(wrong, "latents have one codec and no layers")
+    assert not (tmp_path / "none").exists()
+    options = [
+        "--receiver",
+        tiny_folder,
+        "--sharer",
+        other_folder,
+        "--fuser",
+        fusers[0],
+        "--limit",
+        2,
+        "--arms",
+        "fused",
+    ]
+    run = in_process("curve", *options, "--metrics", "f1", "--out", tmp_path / "fused")
+    assert run.returncode == 0, run.stderr
+    assert len(json.loads((tmp_path / "fused" / "summary.json").read_text())["arms"]) == 17
+    wide = in_process("curve", *options, "--plan", "int8 width=32", "--out", tmp_path / "none")
+    refused(wide, "a fuser chooses the layers itself")
+
+
 def test_mistakes_in_an_evaluation_are_found_before_a_model_is_loaded(tmp_path: Path) -> None:
     start = ["eval", "--sharer", "/no/model", "--out", tmp_path / "run"]
     refused(in_process(*start, "--task", "sqad"), "no task 'sqad'; there are squad")

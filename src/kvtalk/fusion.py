@@ -427,6 +427,10 @@ class FusedLink(Link):
         self.card = self.fusion.sharers[0].side.card
         self.sharer, self.receiver = Sharer(self.fusion.sharers[0].side.lm), Receiver(lm)
 
+    def usable(self, plan: Plan) -> Plan:
+        """What of a plan applies to this pair; see :meth:`kvtalk.link.Link.usable`."""
+        return self.fusion.sharers[0].side.plan(plan)
+
     def ask(
         self,
         context: str,

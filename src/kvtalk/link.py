@@ -120,6 +120,19 @@ class Sharer:
         """Tokens of a context at the sharer: what bits per value are counted by."""
         return len(self.lm.encode(context))
 
+    def usable(self, plan: Plan | None) -> Plan:
+        """What of a plan applies to what this side sends.
+
+        Raises:
+            AdapterError: a plan that does not fit an adapter's latents.
+            BudgetError: a plan for latents where there is no adapter.
+        """
+        if self.half is not None:
+            return self.half.plan(plan)
+        if plan is not None and plan.width is not None:
+            raise BudgetError(f"plan {plan}: width= is for latents, give an adapter")
+        return plan or Plan()
+
     def plan(self, cache: KVCache, tokens: int, budget: Budget | str | None, plan: Plan | None, parts: int = 1) -> Plan:
         """The plan to use: the given one, or the best that fits the budget.
 
@@ -136,10 +149,8 @@ class Sharer:
             BudgetError: nothing fits.
         """
         given = plan
-        if self.half is not None:
-            plan = self.half.plan(plan)
-        elif plan is not None and plan.width is not None:
-            raise BudgetError(f"plan {plan}: width= is for latents, give an adapter")
+        if plan is not None or self.half is not None:
+            plan = self.usable(plan)
         if budget is None:
             return plan or Plan()
         if isinstance(budget, str):
@@ -373,6 +384,15 @@ class Link:
         halves = (None, None) if adapter is None else both_halves(adapter, read, receiver)
         self.card = None if halves[0] is None else halves[0].card
         self.sharer, self.receiver = Sharer(read, halves[0]), Receiver(receiver, halves[1])
+
+    def usable(self, plan: Plan) -> Plan:
+        """What of a plan applies to this pair.
+
+        Raises:
+            AdapterError: a plan that does not fit what crosses.
+            BudgetError: a plan for latents where there is no adapter.
+        """
+        return self.sharer.usable(plan)
 
     def check(self) -> None:
         """Refuse a pair between which no cache can be sent.

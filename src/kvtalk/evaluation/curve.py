@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any
 
+from kvtalk.adapters.cards import Card
+from kvtalk.adapters.translator import Geometry
 from kvtalk.codecs import codec
 from kvtalk.errors import InputError
 from kvtalk.evaluation.arms import PLACED
@@ -20,6 +22,8 @@ CODECS = (
 )
 KEEPS = ("100%", "50%", "25%", "10%")
 POLICY = "value_norm"
+NARROWEST = 16
+"""Numbers of a latent, in a curve of many widths."""
 
 DEFAULT_PLANS = (
     *(f"{codecs} {POLICY}@{keep}" for codecs, keep in product(CODECS, KEEPS)),
@@ -29,8 +33,32 @@ DEFAULT_PLANS = (
     "int4:channel/int4:token before layers=last:50%",
     "int4:channel/int4:token before layers=every:2",
 )
-"""What a curve tries unless it is told otherwise: five pairs of codecs by four shares of tokens, and then per-token
-scales, NF4, other token policies at half of the tokens, and half of the layers."""
+"""What a curve tries of a model's cache: five pairs of codecs by four shares of tokens, and then per-token scales, NF4,
+other token policies at half of the tokens, and half of the layers."""
+FUSED_PLANS = (
+    *(f"{codecs} {POLICY}@{keep}" for codecs, keep in product(("bf16", "int8:channel/int8:token"), KEEPS)),
+    *(f"int4:channel/int4:token {POLICY}@{keep}" for keep in KEEPS),
+    "int4:token/int4:token",
+    "nf4:token/nf4:token",
+    *(f"bf16 {policy}@50%" for policy in ("front", "back", "random")),
+)
+"""And of a cache that is fused: layers and the place of the keys are the fuser's own."""
+
+
+def default_plans(card: Card | None) -> tuple[str, ...]:
+    """What a curve tries unless it is told otherwise: of a cache, of a fused one, or of latents, whole and cut.
+
+    Args:
+        card: of the adapter between the models; None where there is none.
+    """
+    if card is None:
+        return DEFAULT_PLANS
+    if not isinstance(card.geometry, Geometry):
+        return FUSED_PLANS
+    widths = [card.geometry.latent >> halvings for halvings in range(6)]
+    widths = [width for width in widths if width >= NARROWEST]
+    cut = [f"{name} width={width}" for width in widths for name in ("int8", "int4")]
+    return ("bf16", *cut, *(f"int2 width={width}" for width in widths[2::2]))
 
 
 def grid(codecs: Sequence[str], policies: Sequence[str], keeps: Sequence[str], layers: Sequence[str]) -> list[str]:

@@ -115,6 +115,9 @@ def evaluate(console: Console, link: Link, run: Run, out: Path | None) -> None:
     names = list(dict.fromkeys((link.sharer.lm.name, link.receiver.lm.name)))
     folder = "+".join(Path(name).name for name in names)
     default = Path("results") / run.protocol.task.name / folder
+    for arm in run.arms:
+        if arm.plan is not None:
+            link.usable(arm.plan)
     out = out or (default if len(run.protocol.task.protocols) == 1 else default / run.protocol.name)
     settings = replace(run.settings, batch=run.batch or Settings.for_device(link.receiver.lm.device).batch)
     runner.run(link, run.protocol, run.items, run.arms, out, settings)
