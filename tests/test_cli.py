@@ -527,19 +527,12 @@ def test_a_curve_tries_what_fits_what_crosses(
     assert plans[-1] == "int2:token width=16"
     wrong = in_process("curve", *options, "--codecs", "bf16", "--layers", "last:50%", "--out", tmp_path / "none")
     refused(wrong, "latents have one codec and no layers")
+    unfit = ["--sharer", tiny_folder, "--receiver", tiny_folder, "--adapter", translator, "--limit", 4]
+    run = in_process("eval", *unfit, "--plan", "int8/int4", "--out", tmp_path / "none")
+    refused(run, "latents have one codec and no layers")
     assert not (tmp_path / "none").exists()
-    options = [
-        "--receiver",
-        tiny_folder,
-        "--sharer",
-        other_folder,
-        "--fuser",
-        fusers[0],
-        "--limit",
-        2,
-        "--arms",
-        "fused",
-    ]
+    pair = ("--sharer", other_folder, "--receiver", tiny_folder, "--fuser", fusers[0])
+    options = [*pair, "--limit", 2, "--arms", "fused"]
     run = in_process("curve", *options, "--metrics", "f1", "--out", tmp_path / "fused")
     assert run.returncode == 0, run.stderr
     assert len(json.loads((tmp_path / "fused" / "summary.json").read_text())["arms"]) == 17
@@ -550,6 +543,11 @@ def test_a_curve_tries_what_fits_what_crosses(
 def test_mistakes_in_an_evaluation_are_found_before_a_model_is_loaded(tmp_path: Path) -> None:
     start = ["eval", "--sharer", "/no/model", "--out", tmp_path / "run"]
     refused(in_process(*start, "--task", "sqad"), "no task 'sqad'; there are squad")
+    curve = ["curve", *start[1:]]
+    refused(in_process(*curve, "--plan", "zip"), "zip")
+    refused(in_process(*curve, "--arms", "caches"), "caches")
+    refused(in_process(*curve, "--metrics", "f2"), "f2")
+    refused(in_process(*curve, "--controls", "zip"), "zip")
     refused(in_process(*start, "--arms", "text,chache"), "no arm 'chache'; there are receiver")
     refused(in_process(*start, "--plan", "zip"), "no codec 'zip'; there are")
     refused(in_process(*start, "--budget", "lots"), "is not a size")

@@ -14,11 +14,13 @@ import torch
 
 from conftest import tiny_lm
 from kvtalk import Link, Plan
+from kvtalk.adapters.cards import Card, Party
+from kvtalk.adapters.translator import Geometry
 from kvtalk.errors import AdapterError, InputError, KVTalkError
 from kvtalk.evaluation import folder, protocols, report, timing
 from kvtalk.evaluation.arms import KINDS, Arm, make_arms
 from kvtalk.evaluation.batch import Batch, Settings
-from kvtalk.evaluation.curve import DEFAULT_PLANS, controlled, grid, normalized, pareto
+from kvtalk.evaluation.curve import DEFAULT_PLANS, NARROWEST, controlled, default_plans, grid, normalized, pareto
 from kvtalk.evaluation.data import Choice, Item, samples
 from kvtalk.evaluation.protocols import protocol_for
 from kvtalk.evaluation.runner import recompute, rescore, run
@@ -409,10 +411,25 @@ def test_options_are_compared_alike_however_few_are_taken_at_a_time(
         assert found[1][key] == pytest.approx(likelihoods, abs=1e-4)
 
 
+@pytest.mark.parametrize(("latent", "count"), [(1024, 15), (104, 5), (64, 8), (24, 3)])
+def test_plans_of_a_curve_of_latents(latent: int, count: int) -> None:
+    geometry = Geometry(sharer_values=8, receiver_layers=1, receiver_values=8, latent=latent)
+    party = Party("model", link().sharer.lm.spec.fingerprint)
+    ways = normalized(default_plans(Card("translator", party, party, geometry, {}, None, {})))
+    assert len(set(ways)) == len(ways) == count
+    plans = [Plan.parse(way) for way in ways]
+    assert all(plan.width is None or NARROWEST <= plan.width <= latent for plan in plans)
+    largest, *others = controlled(ways)
+    assert largest == "bf16"
+    if latent == 1024:
+        assert others == ["int4:token width=256", "int4:token width=32"]
+
+
 def test_plans_of_a_curve() -> None:
     assert len(DEFAULT_PLANS) >= 24
     ways = normalized(DEFAULT_PLANS)
     assert len(set(ways)) == len(ways)
+    assert controlled(ways)[0] == "bf16"
     assert grid(["int8", "bf16"], ["front"], ["50%", "100%"], ["all", "last:50%"]) == [
         "int8:token front@50%",
         "int8:token front@50% layers=last:50%",

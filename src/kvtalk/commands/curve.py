@@ -85,9 +85,9 @@ def curve(
     """Sweep plans over one task: score against bytes, the Pareto front, and the floor of the controls.
 
     Every combination of --codecs, --tokens, --keep and --layers is tried, and every line of --plans-file; with none of
-    them, a choice for what crosses: 28 of a cache, 15 of a translator's latents, 17 of a cache that is fused; and every
-    --plan and --budget besides. The sharer reads each context once for all plans. The controls run with the largest,
-    the middle and the smallest plan.
+    them, a choice for what crosses: a cache, a translator's latents, or a cache that is fused; and every --plan and
+    --budget besides. The sharer reads each context once for all plans. The controls run with the largest, the middle
+    and the smallest plan.
     """
     from kvtalk.evaluation import curve as sweep
     from kvtalk.evaluation import session
@@ -99,17 +99,20 @@ def curve(
         listed += sweep.grid(comma_separated(codecs), comma_separated(tokens), comma_separated(keep), layers or [])
     asked = session.Asked(task, data, hub, revision, limit, protocol, comma_separated(metrics), embedder)
     settings = Settings(relay_tokens=relay_tokens, temperature=temperature, seed=seed)
+    kinds, further = comma_separated(arms), [*(plan or []), *(f"budget={size}" for size in budget or [])]
 
     def load() -> Link:
         with loading():
             return measured(sharer, receiver, adapter, dtype, fuser, self_fuser)
 
-    link = None
-    if not listed:
-        asked.items()  # what is wrong with them is said before models are loaded
+    if listed:
+        ways = sweep.normalized([*listed, *further])
+        run = session.prepare(asked, kinds, ways, sweep.controlled(ways, controls), settings, batch, time_items)
         link = load()
-        listed = list(sweep.default_plans(link.card))
-    ways = sweep.normalized([*listed, *(plan or []), *(f"budget={size}" for size in budget or [])])
-    controlled = sweep.controlled(ways, controls)
-    run = session.prepare(asked, comma_separated(arms), ways, controlled, settings, batch, time_items)
-    session.evaluate(out, link or load(), run, out_dir)
+    else:  # what is tried hangs on what crosses; all else is checked before models are loaded
+        sweep.normalized(controls or [])
+        run = session.prepare(asked, kinds, sweep.normalized(further), None, settings, batch, time_items)
+        link = load()
+        ways = sweep.normalized([*sweep.default_plans(link.card), *further])
+        run = session.armed(run, kinds, ways, sweep.controlled(ways, controls))
+    session.evaluate(out, link, run, out_dir)

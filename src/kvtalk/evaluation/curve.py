@@ -56,7 +56,7 @@ def default_plans(card: Card | None) -> tuple[str, ...]:
     if not isinstance(card.geometry, Geometry):
         return FUSED_PLANS
     widths = [card.geometry.latent >> halvings for halvings in range(6)]
-    widths = [width for width in widths if width >= NARROWEST]
+    widths = [width for width in widths if width >= NARROWEST and width % 4 == 0]  # whole bytes in 2 bits
     cut = [f"{name} width={width}" for width in widths for name in ("int8", "int4")]
     return ("bf16", *cut, *(f"int2 width={width}" for width in widths[2::2]))
 
@@ -96,7 +96,9 @@ def controlled(ways: Sequence[str], asked: Sequence[str] | None = None) -> list[
             if way not in ways:
                 raise InputError(f"no plan {way!r} in this curve; there are {', '.join(ways)}")
         return wanted
-    plans = sorted((way for way in ways if not way.startswith("budget=")), key=_nominal_bits)
+    plans = [way for way in ways if not way.startswith("budget=")]
+    whole = max((Plan.parse(way.removesuffix(" contiguous")).width or 1 for way in plans), default=1)
+    plans.sort(key=lambda way: _nominal_bits(way, whole))
     if not plans:
         return list(ways)
     return list(dict.fromkeys((plans[-1], plans[len(plans) // 2], plans[0])))
@@ -111,8 +113,9 @@ def pareto(rows: Sequence[Mapping[str, Any]], metric: str) -> list[Mapping[str, 
     return front
 
 
-def _nominal_bits(way: str) -> float:
-    """Bits per value, scales and header left out."""
+def _nominal_bits(way: str, whole: int) -> tuple[float, bool]:
+    """Bits per value, or of a latent of so many numbers; scales and header left out. Of two alike the uncut is more."""
     plan = Plan.parse(way.removesuffix(" contiguous"))
     share = plan.keep if isinstance(plan.keep, float) else 0.5
-    return share * (codec(plan.keys).bits + codec(plan.values).bits) / 2
+    bits = share * (codec(plan.keys).bits + codec(plan.values).bits) / 2
+    return bits * (plan.width or whole), plan.width is None

@@ -102,12 +102,29 @@ def prepare(
         KVTalkError: an unknown task, arm, metric, protocol or plan, or unusable data.
     """
     protocol = asked.protocol_used()
-    arms = make_arms(kinds or DEFAULT_ARMS[protocol.task.has_context], normalized(ways), controlled, settings.seed)
+    arms = _arms(protocol, kinds, ways, controlled, settings)
     if time_items and not protocol.answer_tokens:
         raise InputError(f"the protocol {protocol.name} writes nothing that could be timed: leave --time out")
     items = asked.items()
     runner.check_arms(protocol, items, arms)
     return Run(protocol, items, arms, settings, batch, time_items)
+
+
+def armed(run: Run, kinds: Sequence[str], ways: Sequence[str], controlled: Sequence[str] | None) -> Run:
+    """A run with other arms.
+
+    Raises:
+        KVTalkError: an unknown arm or plan, or arms that do not suit the protocol or the items.
+    """
+    arms = _arms(run.protocol, kinds, ways, controlled, run.settings)
+    runner.check_arms(run.protocol, run.items, arms)
+    return replace(run, arms=arms)
+
+
+def _arms(
+    protocol: Protocol, kinds: Sequence[str], ways: Sequence[str], controlled: Sequence[str] | None, settings: Settings
+) -> list[Arm]:
+    return make_arms(kinds or DEFAULT_ARMS[protocol.task.has_context], normalized(ways), controlled, settings.seed)
 
 
 def evaluate(console: Console, link: Link, run: Run, out: Path | None) -> None:
