@@ -58,8 +58,14 @@ SPACE = {
     "gemma3-270m+gemma3-270m.lora": "never together: both joined",
 }
 """Pairs of three models, and what of their adapters was trained to what."""
-VERSIONS = {"4,050 steps": "4050", "5,500 steps": "5500", "8,000 steps": "8000", "10,300 steps": "10300"}
-"""Of translators that shipped before: title and folder; the last two went into SmolLM2 alone."""
+VERSIONS = {
+    "4,050 steps": "4050",
+    "5,500 steps": "5500",
+    "5,500 steps, mean": "mean",
+    "8,000 steps": "8000",
+    "10,300 steps": "10300",
+}
+"""Of translators that shipped before: title and folder; the mean went into Gemma alone, what follows into SmolLM2."""
 CANDIDATES = {
     "fifth": "fifth: mean of third and fourth",
     "sixth.last": "sixth, its last weights",
@@ -83,6 +89,15 @@ CANDIDATES = {
     "shipped+eighth": "half of each: ships, 13,540 steps",
     "shipped+eighth.bf16": "the same, matrices in bf16",
 }
+INTO_GEMMA = {
+    "ninth.last": "ninth, its last weights",
+    "fifth+ninth.last": "mean of these and of the fifth: ships, 6,872 steps",
+    "ninth": "ninth: mean of its last 549 steps",
+    "ninth.bf16": "the same, matrices in bf16",
+    "fifth+ninth.70": "7 parts of that mean, 3 of the fifth",
+    "fifth+ninth": "half of each",
+    "fifth+ninth.bf16": "the same, matrices in bf16",
+}
 READ_BY = {"gemma3-270m+gemma3-270m.lora": "smollm2-135m+gemma3-270m.lora"}
 """Where the same receiver read the same text."""
 
@@ -96,10 +111,12 @@ TABLES = (
     "across",
     "translator",
     "ceilings",
+    "own",
     "learned",
     "further",
     "elsewhere",
     "candidates",
+    "into_gemma",
     "lora",
     "latents",
     "narrowed",
@@ -246,25 +263,33 @@ def translator() -> Iterator[str]:
 
 
 def ceilings() -> Iterator[str]:
-    """Across models: the translated cache against the receiver's own, through a translator of the same sizes, or by an
-    encoder that was trained to the decoder that ships."""
-    titles = "frozen, text | self | own, to this decoder | translated | translated / self | / own | / text"
-    yield f"| task | sharer+receiver | {titles} |"
-    yield "| --- " * 9 + "|"
+    """Across models: the translated cache against the receiver's own, through a translator of the same sizes."""
+    yield "| task | sharer+receiver | frozen, text | self | translated | translated / self | / text |"
+    yield "| --- " * 7 + "|"
     for task, metric in CONTEXT_TASKS.items():
         for pair in PAIRS:
-            receiver = pair.partition("+")[2]
-            ours, own = rows_of(RESULTS / task / pair), rows_of(SELF / task / receiver)
+            ours, own = rows_of(RESULTS / task / pair), rows_of(SELF / task / pair.partition("+")[2])
             figures = [ours["text"][metric], own["cache bf16"][metric], ours["cache bf16"][metric]]
             shares = [f"{100 * figures[2][0] / other[0]:.0f}%" for other in (figures[1], figures[0])]
             cells = [*(figure(metric, value) for value in figures), *shares]
-            late = TRANSLATOR / "self_encoder" / task / receiver
-            own_late, share = "", ""
-            if late.exists():
-                own_late = figure(metric, rows_of(late)["cache bf16"][metric])
-                share = _share(*(_scores(folder, metric)["cache bf16"] for folder in (RESULTS / task / pair, late)))
-            cells = [*cells[:2], own_late, *cells[2:4], share, *cells[4:]]
             yield f"| {task} | {pair} | {' | '.join(cells)} |"
+
+
+def own() -> Iterator[str]:
+    """Across models, SQuAD: what was translated when a translator shipped, against the receiver's own cache by an
+    encoder trained to the same decoder."""
+    yield "| sharer+receiver | shipped then | translated | own, by an encoder to the same decoder | translated / own |"
+    yield "| --- " * 5 + "|"
+    for pair in PAIRS:
+        for title, version in VERSIONS.items():
+            folders = (
+                TRANSLATOR / "versions" / version / place for place in (f"squad/{pair}", f"own/{pair.split('+')[1]}")
+            )
+            translated, ceiling = folders
+            if ceiling.exists():
+                both = [_scores(folder, "f1")["cache bf16"] for folder in (translated, ceiling)]
+                cells = [figure("f1", bootstrap(list(scores.values())).rounded()) for scores in both]
+                yield f"| {pair} | {title} | {' | '.join(cells)} | {_share(*both)} |"
 
 
 def _share(part: dict[str, float], whole: dict[str, float]) -> str:
@@ -321,18 +346,29 @@ def elsewhere() -> Iterator[str]:
 
 def candidates() -> Iterator[str]:
     """Into SmolLM2: runs and means of them, of which what ships was chosen by the first half of SQuAD's questions."""
+    folders = [*zip(("third", "fourth"), _versions("squad", PAIRS[1]), strict=False)]
+    folders += [(title, TRANSLATOR / "candidates" / name) for name, title in CANDIDATES.items()]
+    yield from _candidates(folders, TRANSLATOR / "candidates" / "fifth")
+
+
+def into_gemma() -> Iterator[str]:
+    """The same into Gemma."""
+    versions = _versions("squad", PAIRS[0])
+    folders = [*zip(("third", "fourth", "fifth: mean of both, shipped before"), versions, strict=False)]
+    folders += [(title, TRANSLATOR / "candidates" / name) for name, title in INTO_GEMMA.items()]
+    yield from _candidates(folders, versions[2])
+
+
+def _candidates(folders: Sequence[tuple[str, Path]], fifth: Path) -> Iterator[str]:
     yield "| weights | F1, first 1,024 | F1, the other 1,025 | F1, all | above the fifth's | answer NLL |"
     yield "| --- " * 6 + "|"
-    place = TRANSLATOR / "candidates"
-    folders = [*zip(("third", "fourth"), _versions("squad", PAIRS[1]), strict=False)]
-    folders += [(title, place / name) for name, title in CANDIDATES.items()]
-    base = _scores(place / "fifth", "f1")["cache bf16"]
-    first = set((place / "chosen_on.txt").read_text("utf-8").split())
-    for title, folder in folders:
-        f1, nll = (_scores(folder, metric)["cache bf16"] for metric in ("f1", "nll"))
+    below = _scores(fifth, "f1")["cache bf16"]
+    first = set((TRANSLATOR / "candidates" / "chosen_on.txt").read_text("utf-8").split())
+    for title, place in folders:
+        f1, nll = (_scores(place, metric)["cache bf16"] for metric in ("f1", "nll"))
         halves = ([f1[key] for key in f1 if (key in first) == chosen_on] for chosen_on in (True, False))
         cells = [f"{statistics.mean(half):.1f}" for half in halves]
-        whole, more = _compared(base, f1)[1:]
+        whole, more = _compared(below, f1)[1:]
         yield f"| {title} | {' | '.join(cells)} | {whole} | {more} | {bootstrap(list(nll.values())).mean:.2f} |"
 
 
