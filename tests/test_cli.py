@@ -15,9 +15,11 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
+import torch
 
 from kvtalk import cli
 from kvtalk.adapters import cards
+from kvtalk.adapters.store import Half
 from kvtalk.evaluation.summary import read_records
 from kvtalk.models import LM
 from test_fuser import other_lm
@@ -201,6 +203,18 @@ def test_halves_of_one_space_are_joined_and_serve(
     again = in_process("ask", *options, "--no-compare", "-a", tmp_path / "mean")
     assert again.returncode == 0, again.stderr
     refused(in_process("average", tmp_path / "further", "nothing", "-o", tmp_path / "x"), "no adapter")
+    run = torch.load(tmp_path / "y" / "checkpoint.pt", weights_only=True)
+    before = Half.of(tmp_path / "joined", "encoder").load().state_dict()
+    for flags, learned in (((), run["mean"]["module"]), (("--last",), run["module"])):
+        folder = tmp_path / f"mean{len(flags)}"
+        both = (tmp_path / "joined", tmp_path / "y")
+        made = in_process("average", *both, "--packing", "bf16", *flags, "-o", folder)
+        assert f"of {both[1]}: the run's exact" in made.stdout, made.stderr
+        assert json.loads((folder / "adapter.json").read_text("utf-8"))["facts"]["mean of"][1].endswith(", exact")
+        for name, value in Half.of(folder, "encoder").load().state_dict().items():
+            expected = (before[name].float() + learned[f"encoder.{name}"].float()) / 2
+            torch.testing.assert_close(value.float(), expected, atol=1e-6, rtol=1e-2)
+    refused(in_process("average", tmp_path / "joined", translator.parent, "--last", "-o", tmp_path / "x"), "--last")
     refused(in_process("join", "--encoder", "nothing", "--decoder", translator, "-o", tmp_path / "x"), "no adapter")
     refused(in_process(*command, "-o", tmp_path / "x", *halves), "nothing is left to train", "kvtalk join")
     refused(in_process(*command, "-o", tmp_path / "x", "--encoder", translator), "this adapter's sharer is", "weights")

@@ -159,7 +159,12 @@ def join(encoder: str | Path, decoder: str | Path, folder: Path) -> Card:
     return _write(folder, blobs, Card("translator", sharer, receiver, geometry, {}, ours.card.space, facts))
 
 
-def average(names: Sequence[str | Path], folder: Path, packing: str | None = None) -> Card:
+def average(
+    names: Sequence[str | Path],
+    folder: Path,
+    packing: str | None = None,
+    exact: Sequence[Mapping[str, torch.Tensor]] = (),
+) -> Card:
     """Write the translator whose weights are the mean of others', after model soups
     ([2203.05482](https://arxiv.org/abs/2203.05482)).
 
@@ -169,6 +174,7 @@ def average(names: Sequence[str | Path], folder: Path, packing: str | None = Non
             and so does the latent space.
         folder: created if need be.
         packing: codec of the matrices, such as ``nf4:1x64``; None for bf16.
+        exact: of each, weights to take in place of those in its files, by their names in a translator; empty for none.
 
     Raises:
         AdapterError: fewer than two, of other models or sizes, all the same, missing or damaged, or the folder holds an
@@ -192,12 +198,17 @@ def average(names: Sequence[str | Path], folder: Path, packing: str | None = Non
         raise AdapterError("these adapters are all the same")
     assert isinstance(last.geometry, Geometry)
     translator = Translator(last.geometry)
+    exact = exact or [{}] * len(found)
     for part in PARTS["translator"]:
         states = [Half(part, *one).load().state_dict() for one in found]
+        for state, weights in zip(states, exact, strict=True):
+            state |= {key: weights[f"{part}.{key}"] for key in state if f"{part}.{key}" in weights}
         means = {key: torch.stack([state[key].float() for state in states]).mean(0) for key in states[0]}
         getattr(translator, part).load_state_dict(means)
     frozen = Half(same[0], *found[-1]) if same else None
-    facts = {"mean of": [card.identity for card, _ in found]}
+    facts = {
+        "mean of": [card.identity + ", exact" * bool(weights) for (card, _), weights in zip(found, exact, strict=True)]
+    }
     return save_adapter(translator, last.sharer, last.receiver, folder, packing, facts, frozen)
 
 

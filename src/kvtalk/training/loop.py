@@ -355,18 +355,31 @@ def weights_of(folder: Path, settings: dict[str, Any], alike: Sequence[str]) -> 
     Raises:
         TrainingError: no run is there, it is damaged, or a setting differs.
     """
+    module, theirs = exact_weights(folder)
+    same_settings(f"the run in {folder}", theirs, settings, alike)
+    return Weights(module, str(xxhash.xxh3_64_hexdigest((folder / CHECKPOINT).read_bytes())))
+
+
+def exact_weights(folder: Path, last: bool = False) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What a run learned, unrounded as its checkpoint has it, without frozen parts; and its settings.
+
+    Args:
+        folder: of the run.
+        last: the weights after its last step, also where it kept others, their mean or its best.
+
+    Raises:
+        TrainingError: no run is there, or it is damaged.
+    """
     file = folder / CHECKPOINT
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
-        theirs = dict(state["settings"])
         kept = (dict(state.get(name, {}).get("module", {})) for name in ("best", "mean"))  # older runs have neither
-        module = next(filter(None, kept), dict(state["module"]))
+        module = dict(state["module"])
+        return module if last else next(filter(None, kept), module), dict(state["settings"])
     except OSError as error:
         raise TrainingError(f"{folder} holds no {CHECKPOINT} of an earlier run") from error
     except (RuntimeError, KeyError, TypeError, ValueError, UnpicklingError) as error:
         raise TrainingError(f"{file} is damaged or not a run's checkpoint") from error
-    same_settings(f"the run in {folder}", theirs, settings, alike)
-    return Weights(module, str(xxhash.xxh3_64_hexdigest(file.read_bytes())))
 
 
 def same_settings(what: str, theirs: dict[str, Any], settings: dict[str, Any], alike: Sequence[str]) -> None:
